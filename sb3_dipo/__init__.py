@@ -1,0 +1,28 @@
+"""DIPO, online reinforcement learning with a diffusion policy, on Stable-Baselines3."""
+
+from sb3_dipo.action_gradient import improve_actions
+from sb3_dipo.actors import DiffusionActor, MLPActor, VAEActor
+from sb3_dipo.buffers import DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo.dipo import DIPO
+from sb3_dipo.guard import NonFiniteLossError
+from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DIPO",
+    "CnnPolicy",
+    "DIPODictReplayBuffer",
+    "DIPOHerReplayBuffer",
+    "DIPONStepReplayBuffer",
+    "DIPOPolicy",
+    "DIPOReplayBuffer",
+    "DiffusionActor",
+    "MLPActor",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "NonFiniteLossError",
+    "VAEActor",
+    "__version__",
+    "improve_actions",
+]

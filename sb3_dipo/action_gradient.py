@@ -1,0 +1,46 @@
+"""The action gradient, equation (15): actions climb Q."""
+
+from collections.abc import Callable
+
+import torch as th
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-5
+
+
+def improve_actions(
+    q_fn: Callable[[th.Tensor], th.Tensor],
+    actions: th.Tensor,
+    action_lr: float = 0.03,
+    action_gradient_steps: int = 20,
+    action_grad_norm_ratio: float = 0.1,
+) -> th.Tensor:
+    """
+    Move a batch of actions uphill on Q: ``a <- clip(a + eta grad_a Q(s, a), -1, 1)``, equation (15), several times.
+
+    As in the authors' code each step is one of Adam (Kingma and Ba 2015; moments start at zero in every call, eps 1e-5)
+    on the batch's sum of Q, whose gradient is first clipped to ``action_grad_norm_ratio * action_dim`` by its L2 norm
+    over the whole batch. No gradient reaches the parameters of ``q_fn``.
+
+    :param q_fn: Q at fixed states, from actions (batch_size, action_dim) to values (batch_size, 1)
+    :param actions: in [-1, 1], (batch_size, action_dim); left as they are
+    :param action_lr: eta, Adam's step size: about what an action moves in one step, in units of the box's half-width
+    :param action_gradient_steps: number of steps
+    :param action_grad_norm_ratio: largest norm of the batch's gradient, divided by action_dim
+    :return: improved actions in [-1, 1], (batch_size, action_dim)
+    """
+    max_norm = action_grad_norm_ratio * actions.shape[1]
+    beta1, beta2 = ADAM_BETAS
+    actions = actions.detach()
+    mean, variance = th.zeros_like(actions), th.zeros_like(actions)
+    for step in range(1, action_gradient_steps + 1):
+        with th.enable_grad():
+            climber = actions.requires_grad_()
+            (gradient,) = th.autograd.grad(q_fn(climber).sum(), climber)
+        with th.no_grad():
+            gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+            mean = mean.lerp(gradient, 1 - beta1)
+            variance = beta2 * variance + (1 - beta2) * gradient * gradient
+            denominator = (variance / (1 - beta2**step)).sqrt() + ADAM_EPS
+            actions = (actions + (action_lr / (1 - beta1**step)) * mean / denominator).clamp(-1, 1)
+    return actions.detach()

@@ -1,0 +1,511 @@
+"""
+Actors: what can be fitted to improved actions.
+
+All share one contract, :class:`GenerativeActor`: ``extract_features(obs)``, ``sample(features)``, ``mode(features)`` and
+``loss(features, actions)``. :class:`DiffusionActor` is the paper's; :class:`VAEActor` and :class:`MLPActor` are those of
+its ablation (Figures 9 and 20).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_dipo.checks import check_choice, check_float, check_int
+from sb3_dipo.diffusion.process import denoising_loss, sample
+from sb3_dipo.diffusion.schedules import SCHEDULES, make_schedule
+from sb3_dipo.diffusion.solvers import SOLVERS, SolverTable, time_grid
+from sb3_dipo.networks import NoisePredictionNetwork, init_weights, make_mlp
+
+SAMPLER_USES = ("behaviour", "target", "evaluation")
+"""What a policy samples for: acting, TD targets, and ``deterministic=True``."""
+
+SamplerSettings = dict[str, Any]
+"""How an actor samples for one use: ``noise_scale``, and for diffusion ``solver``, ``num_inference_steps``, ``eta``."""
+
+
+class GenerativeActor(BasePolicy, ABC):
+    """
+    A distribution over actions given a state, from which to sample and which can be fitted to given actions.
+
+    :param observation_space: observation space
+    :param action_space: action space, a Box
+    :param net_arch: widths of the hidden layers
+    :param activation_fn: activation after each of them
+    :param features_extractor: network that makes features of observations
+    :param features_dim: number of features
+    :param normalize_images: whether to divide images by 255
+    :param share_features_extractor: whether the extractor is the critic's: the actor's loss then leaves it alone
+    :param samplers: how to sample for each of :data:`SAMPLER_USES`; filled in place where empty, so that an actor and its
+        target can share it
+    :param use: for which use :meth:`sample` samples by default
+    """
+
+    features_extractor: BaseFeaturesExtractor
+    options: ClassVar[tuple[str, ...]]
+    """The actor's own arguments: what ``policy_kwargs`` may set."""
+    sampler_options: ClassVar[tuple[str, ...]] = ("noise_scale",)
+    """What :meth:`set_sampler` may change."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        normalize_images: bool = True,
+        share_features_extractor: bool = False,
+        samplers: dict[str, SamplerSettings] | None = None,
+        use: str = "behaviour",
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.features_dim = features_dim
+        self.share_features_extractor = share_features_extractor
+        self.action_dim = get_action_dim(action_space)
+        self.samplers: dict[str, SamplerSettings] = {} if samplers is None else samplers
+        self.use = use
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
+        """
+        Features of observations, to be computed once for all steps of a reverse process.
+
+        :param obs: observations, batch_size first
+        :param features_extractor: the actor's own where None
+        :return: (batch_size, features_dim); without gradient if the extractor is shared with the critic
+        """
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            return super().extract_features(obs, features_extractor or self.features_extractor)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the actor's loss trains: all but those of a shared features extractor."""
+        shared = set(self.features_extractor.parameters()) if self.share_features_extractor else set()
+        return [parameter for parameter in self.parameters() if parameter not in shared]
+
+    @abstractmethod
+    def sample(
+        self,
+        features: th.Tensor,
+        initial_noise: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+        noise_scale: float | None = None,
+        use: str | None = None,
+    ) -> th.Tensor:
+        """
+        Draw one action for each state.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param initial_noise: the latent to start from, standard normal; drawn where None
+        :param noise: the noise added on the way, standard normal; drawn where None
+        :param noise_scale: factor of the noise; the sampler's where None
+        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+
+    @abstractmethod
+    def mode(self, features: th.Tensor) -> th.Tensor:
+        """
+        The action of ``deterministic=True``: draws nothing, so that it repeats exactly.
+
+        :param features: of the states, (batch_size, features_dim)
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        How badly the actor fits the given actions.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: improved actions in [-1, 1], (batch_size, action_dim)
+        :param timesteps: diffusion only: k counted from 0, int64, (batch_size,); drawn where None
+        :param noise: standard normal; drawn where None
+        :return: the loss, a scalar
+        """
+
+    def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
+        """
+        Check a sampler's settings before they are used.
+
+        :param settings: all settings of one use
+        :return: the settings, cleaned
+        :raises ValueError: naming the setting and what it may be
+        """
+        return {**settings, "noise_scale": check_float("noise_scale", settings["noise_scale"])}
+
+    def set_sampler(self, which: str = "all", **changes: Any) -> None:
+        """See :meth:`sb3_dipo.policies.DIPOPolicy.set_sampler`."""
+        check_choice("which", which, ("all", *SAMPLER_USES))
+        for name in changes:
+            if name not in self.sampler_options:
+                raise ValueError(
+                    f"`{name}` does not apply to the sampler of {type(self).__name__}, "
+                    f"which has: {', '.join(self.sampler_options)}."
+                )
+        if which == "evaluation" and changes.get("noise_scale"):
+            raise ValueError("`noise_scale` must be 0 for `which='evaluation'`: `deterministic=True` draws no noise.")
+        uses = SAMPLER_USES if which == "all" else (which,)
+        checked = {use: self.check_sampler({**self.samplers[use], **changes}) for use in uses}
+        if "evaluation" in checked:
+            checked["evaluation"]["noise_scale"] = 0.0
+        self.samplers.update(checked)
+
+    def _init_samplers(self, **settings: Any) -> None:
+        if not self.samplers:
+            self.samplers.update({use: dict(settings) for use in SAMPLER_USES})
+            self.samplers["evaluation"]["noise_scale"] = 0.0
+        for use in SAMPLER_USES:
+            self.samplers[use] = self.check_sampler(self.samplers[use])
+
+    def _noise_scale(self, noise_scale: float | None, use: str | None) -> float:
+        return self.samplers[use or self.use]["noise_scale"] if noise_scale is None else noise_scale
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """Actions in [-1, 1], (batch_size, action_dim), for observations."""
+        features = self.extract_features(obs)
+        return self.mode(features) if deterministic else self.sample(features)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class DiffusionActor(GenerativeActor):
+    """
+    The paper's policy: the reverse of a noising process, fitted by denoising (Algorithms 1 and 4).
+
+    :param args: as :class:`GenerativeActor`
+    :param num_train_timesteps: K, length of the process, at least 1; the paper's 100
+    :param beta_schedule: ``"cosine"`` (the paper's), ``"vp"``, ``"linear"`` or ``"ou"``, see
+        :mod:`sb3_dipo.diffusion.schedules`
+    :param horizon: T, noise time of the ``"ou"`` process, above 0; None is 4; must be None for the others
+    :param solver: ``"ddpm"`` (the authors' sampler), ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"`` (the paper's
+        Algorithm 1), see :mod:`sb3_dipo.diffusion.solvers`
+    :param num_inference_steps: steps really taken when sampling, between 1 and K; None is all K
+    :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``; must be 0 for the others
+    :param noise_scale: factor of the noise added on the way, at least 0; the paper's 1
+    :param clip_sample: clip the predicted clean action to the box at every step, as the authors do; the result always is
+    :param time_embed_dim: size of the timestep embedding, even, at least 4; the paper's 32
+    :param kwargs: as :class:`GenerativeActor`
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "horizon",
+        "solver",
+        "num_inference_steps",
+        "eta",
+        "noise_scale",
+        "clip_sample",
+        "time_embed_dim",
+    )
+    sampler_options = ("solver", "num_inference_steps", "eta", "noise_scale")
+
+    latent: th.Tensor
+
+    def __init__(
+        self,
+        *args: Any,
+        num_train_timesteps: int = 100,
+        beta_schedule: str = "cosine",
+        horizon: float | None = None,
+        solver: str = "ddpm",
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        noise_scale: float = 1.0,
+        clip_sample: bool = True,
+        time_embed_dim: int = 32,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
+        check_choice("beta_schedule", beta_schedule, SCHEDULES)
+        if check_int("time_embed_dim", time_embed_dim, 4) % 2:
+            raise ValueError(f"`time_embed_dim` must be even, not {time_embed_dim}.")
+        if not isinstance(clip_sample, bool):
+            raise ValueError(f"`clip_sample` must be True or False, not {clip_sample!r}.")
+        if horizon is not None:
+            horizon = check_float("horizon", horizon, open_minimum=True)
+
+        self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
+        self.clip_sample = clip_sample
+        self._tables: dict[tuple[str, int, float], tuple[SolverTable, th.Tensor]] = {}
+        self._init_samplers(
+            solver=solver,
+            num_inference_steps=num_train_timesteps if num_inference_steps is None else num_inference_steps,
+            eta=eta,
+            noise_scale=noise_scale,
+        )
+        self.noise_network = NoisePredictionNetwork(
+            self.action_dim, self.features_dim, self.net_arch, self.activation_fn, time_embed_dim
+        )
+        # the one starting point of deterministic=True: drawn here, saved with the weights
+        self.register_buffer("latent", th.randn(1, self.action_dim))
+
+    def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
+        settings = super().check_sampler(settings)
+        check_choice("solver", settings["solver"], SOLVERS)
+        settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
+        settings["eta"] = check_float("eta", settings["eta"], maximum=1.0)
+        if settings["eta"] != 0 and settings["solver"] != "ddim":
+            raise ValueError(
+                f"`eta` belongs to `solver='ddim'` and must be 0 with {settings['solver']!r}, not {settings['eta']}."
+            )
+        self._table(settings)  # more checks, and made before it is needed
+        return settings
+
+    def set_sampler(self, which: str = "all", **changes: Any) -> None:
+        if changes.get("solver", "ddim") != "ddim":
+            changes.setdefault("eta", 0.0)
+        super().set_sampler(which, **changes)
+
+    def _table(self, settings: SamplerSettings) -> tuple[SolverTable, th.Tensor]:
+        """The solver's coefficients, and its timesteps as a tensor on the actor's device."""
+        key = (settings["solver"], settings["num_inference_steps"], settings["eta"])
+        if key not in self._tables or self._tables[key][1].device != self.schedule.alpha_t.device:
+            grid = time_grid(len(self.schedule), settings["num_inference_steps"])
+            table = SOLVERS[settings["solver"]](self.schedule, grid, settings["eta"])
+            self._tables[key] = table, th.tensor(grid, device=self.schedule.alpha_t.device)
+        return self._tables[key]
+
+    def sample(
+        self,
+        features: th.Tensor,
+        initial_noise: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+        noise_scale: float | None = None,
+        use: str | None = None,
+    ) -> th.Tensor:
+        """
+        Play a ~ pi(.|s): start from noise and denoise it step by step.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param initial_noise: a_K, (batch_size, action_dim); standard normal where None
+        :param noise: z in order of use, (num_inference_steps, batch_size, action_dim); standard normal where None. The
+            authors' sampler multiplies the last of them by 0
+        :param noise_scale: factor of z; the sampler's where None. 0 is the authors' evaluation
+        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+        table, timesteps = self._table(self.samplers[use or self.use])
+        noise_scale = self._noise_scale(noise_scale, use)
+        shape = (features.shape[0], self.action_dim)
+        if initial_noise is None:
+            initial_noise = th.randn(shape, device=features.device)
+        if noise_scale == 0 or not table.stochastic:
+            noise = None
+        elif noise is None:
+            noise = th.randn((len(table.steps), *shape), device=features.device)
+        if noise is not None and noise_scale != 1:
+            noise = noise_scale * noise
+        predict_noise = self.noise_network.bind(features, timesteps)
+        return sample(table, predict_noise, initial_noise, noise, self.clip_sample)
+
+    def mode(self, features: th.Tensor) -> th.Tensor:
+        """
+        The reverse process from one latent, the same for every state, without noise on the way.
+
+        :param features: of the states, (batch_size, features_dim)
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+        latent = self.latent.expand(features.shape[0], -1)
+        return self.sample(features, initial_noise=latent, noise_scale=0.0, use="evaluation")
+
+    def loss(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        The denoising loss l_d, equation (11), averaged over batch and action dimensions.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: improved actions in [-1, 1], (batch_size, action_dim)
+        :param timesteps: k counted from 0, int64, (batch_size,); uniform where None
+        :param noise: z, (batch_size, action_dim); standard normal where None
+        :return: the loss, a scalar
+        """
+        if timesteps is None:
+            timesteps = th.randint(len(self.schedule), (actions.shape[0],), device=actions.device)
+        if noise is None:
+            noise = th.randn_like(actions)
+
+        def predict_noise(noisy_actions: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+            return self.noise_network(noisy_actions, timesteps, features)
+
+        return denoising_loss(self.schedule, predict_noise, actions, timesteps, noise)
+
+
+class VAEActor(GenerativeActor):
+    """
+    The ablation's conditional variational autoencoder (paper, Figures 9 and 20; authors' code).
+
+    :param args: as :class:`GenerativeActor`
+    :param latent_dim: size of the latent z, at least 1; the authors' 256
+    :param kl_weight: weight of the KL term in the loss, at least 0; the authors' 0.1
+    :param kwargs: as :class:`GenerativeActor`
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = ("latent_dim", "kl_weight")
+
+    def __init__(self, *args: Any, latent_dim: int = 256, kl_weight: float = 0.1, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.latent_dim = check_int("latent_dim", latent_dim, 1)
+        self.kl_weight = check_float("kl_weight", kl_weight)
+        self._init_samplers(noise_scale=1.0)
+        arch, act = self.net_arch, self.activation_fn
+        encoded_dim = arch[-1] if arch else self.action_dim + self.features_dim
+        self.encoder = make_mlp(self.action_dim + self.features_dim, -1, arch, act)
+        self.mean = nn.Linear(encoded_dim, self.latent_dim).apply(init_weights)
+        self.log_variance = nn.Linear(encoded_dim, self.latent_dim).apply(init_weights)
+        self.decoder = make_mlp(self.latent_dim + self.features_dim, self.action_dim, arch, act)
+
+    def sample(
+        self,
+        features: th.Tensor,
+        initial_noise: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+        noise_scale: float | None = None,
+        use: str | None = None,
+    ) -> th.Tensor:
+        """
+        Decode z ~ N(0, noise_scale^2 I).
+
+        :param features: of the states, (batch_size, features_dim)
+        :param initial_noise: z, (batch_size, latent_dim); standard normal where None
+        :param noise: not used
+        :param noise_scale: factor of z; the sampler's where None
+        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+        if initial_noise is None:
+            initial_noise = th.randn((features.shape[0], self.latent_dim), device=features.device)
+        z = self._noise_scale(noise_scale, use) * initial_noise
+        return self.decoder(th.cat([z, features], dim=1)).clamp(-1, 1)
+
+    def mode(self, features: th.Tensor) -> th.Tensor:
+        """Decode z = 0: features (batch_size, features_dim) to actions in [-1, 1], (batch_size, action_dim)."""
+        zeros = th.zeros((features.shape[0], self.latent_dim), device=features.device)
+        return self.decoder(th.cat([zeros, features], dim=1)).clamp(-1, 1)
+
+    def loss(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        Mean squared error of the reconstruction + ``kl_weight`` KL(q(z|a, s) || N(0, I)), the error averaged over batch and
+        dimensions, the divergence summed over the latent ones and averaged over the batch.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: improved actions in [-1, 1], (batch_size, action_dim)
+        :param timesteps: not used
+        :param noise: of the reparametrisation, (batch_size, latent_dim); standard normal where None
+        :return: the loss, a scalar
+        """
+        encoded = self.encoder(th.cat([actions, features], dim=1))
+        mean, log_variance = self.mean(encoded), self.log_variance(encoded)
+        if noise is None:
+            noise = th.randn_like(mean)
+        z = mean + (0.5 * log_variance).exp() * noise
+        reconstruction = self.decoder(th.cat([z, features], dim=1))
+        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
+        return F.mse_loss(reconstruction, actions) + self.kl_weight * divergence
+
+
+class MLPActor(GenerativeActor):
+    """
+    The ablation's regression with additive noise (paper, Figures 9 and 20; authors' code).
+
+    :param args: as :class:`GenerativeActor`
+    :param noise_std: standard deviation of the noise, at least 0, in units of the box's half-width; the authors' 0.1
+    :param kwargs: as :class:`GenerativeActor`
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = ("noise_std",)
+
+    def __init__(self, *args: Any, noise_std: float = 0.1, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.noise_std = check_float("noise_std", noise_std)
+        self._init_samplers(noise_scale=1.0)
+        self.layers = make_mlp(self.features_dim, self.action_dim, self.net_arch, self.activation_fn)
+
+    def sample(
+        self,
+        features: th.Tensor,
+        initial_noise: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+        noise_scale: float | None = None,
+        use: str | None = None,
+    ) -> th.Tensor:
+        """
+        The regression's action + N(0, (noise_scale noise_std)^2 I).
+
+        :param features: of the states, (batch_size, features_dim)
+        :param initial_noise: not used
+        :param noise: (batch_size, action_dim); standard normal where None
+        :param noise_scale: factor of ``noise_std``; the sampler's where None
+        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+        actions = self.layers(features)
+        if noise is None:
+            noise = th.randn_like(actions)
+        return (actions + self._noise_scale(noise_scale, use) * self.noise_std * noise).clamp(-1, 1)
+
+    def mode(self, features: th.Tensor) -> th.Tensor:
+        """The regression's action: features (batch_size, features_dim) to actions in [-1, 1], (batch_size, action_dim)."""
+        return self.layers(features).clamp(-1, 1)
+
+    def loss(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        Mean squared error of the noisy action, averaged over batch and dimensions; it is not clipped.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: improved actions in [-1, 1], (batch_size, action_dim)
+        :param timesteps: not used
+        :param noise: (batch_size, action_dim), standard normal; drawn where None
+        :return: the loss, a scalar
+        """
+        prediction = self.layers(features)
+        if noise is None:
+            noise = th.randn_like(prediction)
+        return F.mse_loss(prediction + self.noise_std * noise, actions)
+
+
+ACTORS: dict[str, type[GenerativeActor]] = {"diffusion": DiffusionActor, "vae": VAEActor, "mlp": MLPActor}

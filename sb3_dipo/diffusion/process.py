@@ -1,0 +1,73 @@
+"""The diffusion process: noising, the denoising loss, and the one loop that samples."""
+
+from collections.abc import Callable
+
+import torch as th
+from torch.nn import functional as F
+
+from sb3_dipo.diffusion.schedules import NoiseSchedule
+from sb3_dipo.diffusion.solvers import SolverTable
+
+
+def add_noise(schedule: NoiseSchedule, actions: th.Tensor, noise: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+    """
+    a_k = alpha_t a + sigma_t z, the forward process in one go (paper, Appendix C).
+
+    :param schedule: the noise schedule, on the device of the other arguments
+    :param actions: clean actions, (batch_size, action_dim)
+    :param noise: standard normal z, (batch_size, action_dim)
+    :param timesteps: indices into the schedule, int64, (batch_size,); 0 is the paper's k = 1
+    :return: noisy actions, (batch_size, action_dim)
+    """
+    return schedule.alpha_t[timesteps].unsqueeze(1) * actions + schedule.sigma_t[timesteps].unsqueeze(1) * noise
+
+
+def denoising_loss(
+    schedule: NoiseSchedule,
+    predict_noise: Callable[[th.Tensor, th.Tensor], th.Tensor],
+    actions: th.Tensor,
+    timesteps: th.Tensor,
+    noise: th.Tensor,
+) -> th.Tensor:
+    """
+    l_d = || z - eps(a_k, k) ||^2, equation (11), averaged over batch and action dimensions.
+
+    :param schedule: the noise schedule
+    :param predict_noise: eps, from noisy actions (batch_size, action_dim) and timesteps (batch_size,) to the noise in them
+    :param actions: clean actions, (batch_size, action_dim)
+    :param timesteps: indices into the schedule, int64, (batch_size,)
+    :param noise: standard normal z, (batch_size, action_dim)
+    :return: the loss, a scalar
+    """
+    return F.mse_loss(predict_noise(add_noise(schedule, actions, noise, timesteps), timesteps), noise)
+
+
+def sample(
+    table: SolverTable,
+    predict_noise: Callable[[th.Tensor, int], th.Tensor],
+    initial_noise: th.Tensor,
+    noise: th.Tensor | None,
+    clip_sample: bool = True,
+) -> th.Tensor:
+    """
+    Run the reverse process: from noise to actions in ``len(table.steps)`` steps (paper, Algorithm 4 with the authors'
+    clipping, or Algorithm 1, or whichever solver made the table).
+
+    :param table: a solver's coefficients
+    :param predict_noise: eps, from noisy actions (batch_size, action_dim) and the number of the step, counted from 0
+        in order of use, to the noise in them
+    :param initial_noise: a_K, (batch_size, action_dim)
+    :param noise: the noise added along the way, in order of use, (number of steps, batch_size, action_dim); None adds none
+    :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
+    :return: actions clipped to [-1, 1], (batch_size, action_dim)
+    """
+    x, previous = initial_noise, th.zeros_like(initial_noise)
+    for i, step in enumerate(table.steps):
+        denoised = x / step.alpha_t - predict_noise(x, i) * (step.sigma_t / step.alpha_t)
+        if clip_sample:
+            denoised = denoised.clamp(-1, 1)
+        x = step.a * x + step.b * denoised + step.c * previous
+        if noise is not None:
+            x = x + step.s * noise[i]
+        previous = denoised
+    return x.clamp(-1, 1)

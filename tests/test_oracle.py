@@ -1,0 +1,183 @@
+"""Whole updates agree with a naive implementation that shares no code with the package (tests/naive_dipo.py)."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import displacement_error, fill, give_noise, make_agent, networks, set_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_dipo import Memory, NaiveDIPO, Settings
+
+from sb3_dipo import DIPO
+
+ROWS = 40
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes and settings of an agent, such that every clipping binds for some and not for others."""
+    actor = draw(st.sampled_from(["diffusion", "diffusion", "vae", "mlp"]))
+    beta_schedule = draw(st.sampled_from(["cosine", "vp", "linear", "ou"]))
+    return {
+        "obs_dim": draw(st.integers(1, 5)),
+        "action_dim": draw(st.integers(1, 4)),
+        "hidden": [draw(st.integers(4, 12)) for _ in range(draw(st.integers(1, 3)))],
+        "n_envs": draw(st.integers(1, 3)),
+        "batch_size": draw(st.integers(2, 24)),
+        "seed": draw(st.integers(0, 2**31)),
+        "settings": Settings(
+            actor=actor,
+            num_train_timesteps=draw(st.integers(1, 12)),
+            beta_schedule=beta_schedule,
+            horizon=draw(st.floats(0.5, 3.0)) if beta_schedule == "ou" else None,
+            noise_scale=draw(st.sampled_from([1.0, 0.5])) if actor == "diffusion" else 1.0,
+            gamma=draw(st.sampled_from([0.9, 0.99])),
+            tau=draw(st.sampled_from([0.005, 0.3])),
+            learning_rate=draw(st.sampled_from([3e-4, 1e-2])),
+            qf_learning_rate=draw(st.sampled_from([3e-4, 1e-2])),
+            action_lr=draw(st.sampled_from([0.03, 0.2])),
+            action_gradient_steps=draw(st.integers(1, 5)),
+            action_grad_norm_ratio=draw(st.sampled_from([1e-6, 0.1])),
+            persist_improved_actions=draw(st.booleans()),
+            max_grad_norm=draw(st.sampled_from([0.05, 2.0])),
+            actor_target_update_interval=draw(st.integers(1, 3)),
+            latent_dim=draw(st.integers(1, 6)),
+            kl_weight=draw(st.sampled_from([0.1, 1.0])),
+            noise_std=draw(st.sampled_from([0.1, 0.5])),
+        ),
+    }
+
+
+def make_pair(problem: dict[str, Any]) -> tuple[DIPO, NaiveDIPO]:
+    """The agent and the oracle with the same weights; those of the targets differ from those of the networks."""
+    s: Settings = problem["settings"]
+    options: dict[str, dict[str, Any]] = {
+        "diffusion": {
+            "num_train_timesteps": s.num_train_timesteps,
+            "beta_schedule": s.beta_schedule,
+            "horizon": s.horizon,
+            "noise_scale": s.noise_scale,
+        },
+        "vae": {"latent_dim": s.latent_dim, "kl_weight": s.kl_weight},
+        "mlp": {"noise_std": s.noise_std},
+    }
+    agent = make_agent(
+        problem["obs_dim"],
+        problem["action_dim"],
+        problem["n_envs"],
+        policy_kwargs={"actor": s.actor, "net_arch": problem["hidden"], **options[s.actor]},
+        **{
+            name: getattr(s, name)
+            for name in (
+                "gamma",
+                "tau",
+                "learning_rate",
+                "qf_learning_rate",
+                "action_lr",
+                "action_gradient_steps",
+                "action_grad_norm_ratio",
+                "persist_improved_actions",
+                "max_grad_norm",
+                "actor_target_update_interval",
+            )
+        },
+    )
+    precision = th.float64 if s.beta_schedule == "ou" else th.float32
+    naive = NaiveDIPO(s, problem["obs_dim"], problem["action_dim"], problem["hidden"], table_dtype=precision)
+    generator = th.Generator().manual_seed(problem["seed"])
+    for name, parameters in networks(agent).items():
+        weights = [0.3 * th.randn(parameter.shape, generator=generator) for parameter in parameters]
+        set_weights(parameters, weights)
+        naive.set_parameters(name, weights)
+    return agent, naive
+
+
+def draw_noise(problem: dict[str, Any], generator: th.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The draws of one update: those of the target policy's sampling, and those of the loss."""
+    s: Settings = problem["settings"]
+    batch, p = problem["batch_size"], problem["action_dim"]
+
+    def normal(*shape: int) -> th.Tensor:
+        return th.randn(shape, generator=generator)
+
+    if s.actor == "vae":
+        return {"initial_noise": normal(batch, s.latent_dim)}, {"noise": normal(batch, s.latent_dim)}
+    if s.actor == "mlp":
+        return {"noise": normal(batch, p)}, {"noise": normal(batch, p)}
+    timesteps = th.randint(s.num_train_timesteps, (batch,), generator=generator)
+    return (
+        {"initial_noise": normal(batch, p), "noise": normal(s.num_train_timesteps, batch, p)},
+        {"timesteps": timesteps, "noise": normal(batch, p)},
+    )
+
+
+def draw_places(batch: int, n_envs: int, generator: np.random.RandomState) -> tuple[th.Tensor, th.Tensor]:
+    """The rows and environments that a buffer of ROWS rows draws next, NumPy's state being that of the generator."""
+    rows = generator.randint(0, ROWS, size=batch)
+    return th.from_numpy(rows), th.from_numpy(generator.randint(0, n_envs, size=batch))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_whole_updates_agree_with_the_oracle(problem: dict[str, Any]) -> None:
+    agent, naive = make_pair(problem)
+    batch, n_envs = problem["batch_size"], problem["n_envs"]
+    generator = th.Generator().manual_seed(problem["seed"] + 1)
+
+    shapes = {"observations": (problem["obs_dim"],), "actions": (problem["action_dim"],), "rewards": ()}
+    data = {name: th.randn((ROWS, n_envs, *shape), generator=generator) for name, shape in shapes.items()}
+    data["actions"] = data["actions"].clamp(-1, 1)
+    data["next_observations"] = th.randn(data["observations"].shape, generator=generator)
+    data["terminals"] = (th.rand((ROWS, n_envs), generator=generator) < 0.3).float()
+    memory = Memory(**data)
+    arrays = {name: array.numpy() for name, array in data.items()}
+    fill(agent, **arrays)
+
+    updates = 2 * problem["settings"].actor_target_update_interval + 1
+    noises = [draw_noise(problem, generator) for _ in range(updates)]
+    give_noise(agent, [of_sample for of_sample, _ in noises], [of_loss for _, of_loss in noises])
+    seed = problem["seed"] % 2**32
+    np.random.seed(seed)
+    places = np.random.RandomState(seed)
+    start = naive.flat_parameters()
+    for of_sample, of_loss in noises:
+        agent.train(gradient_steps=1, batch_size=batch)
+        critic_rows, critic_envs = draw_places(batch, n_envs, places)
+        actor_rows, actor_envs = draw_places(batch, n_envs, places)
+        draws = {**of_sample, "timesteps": of_loss.get("timesteps"), "loss_noise": of_loss["noise"]}
+        draws.update(critic_rows=critic_rows, critic_envs=critic_envs, actor_rows=actor_rows, actor_envs=actor_envs)
+        losses = naive.update(memory, draws)
+
+        logged = agent.logger.name_to_value
+        assert logged["train/critic_loss"] == pytest.approx(losses["critic_loss"], rel=1e-4, abs=1e-5)
+        assert logged["train/actor_loss"] == pytest.approx(losses["actor_loss"], rel=1e-4, abs=1e-5)
+
+    assert agent.replay_buffer is not None
+    improved = agent.replay_buffer.improved_actions[:ROWS]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(improved, memory.improved_actions.numpy(), rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(agent.replay_buffer.actions[:ROWS], arrays["actions"])
+    assert (improved != arrays["actions"]).any() == problem["settings"].persist_improved_actions
+    for name, weights in naive.flat_parameters().items():
+        assert displacement_error(networks(agent)[name], start[name], weights) < 1e-3, name
+
+
+@pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
+def test_acting_agrees_with_the_oracle(actor: str) -> None:
+    """With NumPy's and PyTorch's states alike, ``predict`` plays what the oracle plays."""
+    problem: dict[str, Any] = {
+        "obs_dim": 4,
+        "action_dim": 2,
+        "hidden": [8, 8],
+        "n_envs": 1,
+        "batch_size": 5,
+        "seed": 3,
+        "settings": Settings(actor=actor, num_train_timesteps=7, latent_dim=3),
+    }
+    agent, naive = make_pair(problem)
+    observations = th.randn((5, 4))
+    th.manual_seed(0)
+    actions, _ = agent.predict(observations.numpy())
+    th.manual_seed(0)
+    np.testing.assert_allclose(actions, naive.act(observations).numpy(), rtol=0, atol=1e-5)
