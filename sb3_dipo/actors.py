@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sb3_dipo.checks import check_choice, check_float, check_int
 from sb3_dipo.diffusion.process import denoising_loss, sample
-from sb3_dipo.diffusion.schedules import SCHEDULES, make_schedule
+from sb3_dipo.diffusion.schedules import MAX_HORIZON, MIN_HORIZON, SCHEDULES, make_schedule
 from sb3_dipo.diffusion.solvers import SOLVERS, SolverTable, time_grid
 from sb3_dipo.networks import NoisePredictionNetwork, init_weights, make_mlp
 
@@ -199,7 +199,7 @@ class DiffusionActor(GenerativeActor):
     :param num_train_timesteps: K, length of the process, at least 1; the paper's 100
     :param beta_schedule: ``"cosine"`` (the paper's), ``"vp"``, ``"linear"`` or ``"ou"``, see
         :mod:`sb3_dipo.diffusion.schedules`
-    :param horizon: T, noise time of the ``"ou"`` process, above 0; None is 4; must be None for the others
+    :param horizon: T, noise time of the ``"ou"`` process, 1e-3 to 50; None is 4; must be None for the others
     :param solver: ``"ddpm"`` (the authors' sampler), ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"`` (the paper's
         Algorithm 1), see :mod:`sb3_dipo.diffusion.solvers`
     :param num_inference_steps: steps really taken when sampling, between 1 and K; None is all K
@@ -248,14 +248,14 @@ class DiffusionActor(GenerativeActor):
         if not isinstance(clip_sample, bool):
             raise ValueError(f"`clip_sample` must be True or False, not {clip_sample!r}.")
         if horizon is not None:
-            horizon = check_float("horizon", horizon, open_minimum=True)
+            horizon = check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
 
         self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
         self.clip_sample = clip_sample
         self._tables: dict[tuple[str, int, float], tuple[SolverTable, th.Tensor]] = {}
         self._init_samplers(
             solver=solver,
-            num_inference_steps=num_train_timesteps if num_inference_steps is None else num_inference_steps,
+            num_inference_steps=num_inference_steps,
             eta=eta,
             noise_scale=noise_scale,
         )
@@ -268,6 +268,8 @@ class DiffusionActor(GenerativeActor):
     def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
         settings = super().check_sampler(settings)
         check_choice("solver", settings["solver"], SOLVERS)
+        if settings["num_inference_steps"] is None:
+            settings["num_inference_steps"] = len(self.schedule)
         settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
         settings["eta"] = check_float("eta", settings["eta"], maximum=1.0)
         if settings["eta"] != 0 and settings["solver"] != "ddim":

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 
 def _mish(x: th.Tensor) -> th.Tensor:
-    # tanh(log(1 + e^x)) = 1 - 1 / w with w = 1 + e + e^2 / 2, e = e^x; beyond x = 20 it is 1 in float32
+    # tanh(log(1 + e^x)) = n / (n + 2) with n = e^2 + 2 e, e = e^x; beyond x = 20 it is 1 in float32
     e = x.clamp(max=20.0).exp_()
-    w = (e * 0.5).add_(1.0).mul_(e).add_(1.0)
-    return th.addcdiv(x, x, w, value=-1.0)
+    n = (e + 2.0).mul_(e)
+    return n.div_(n + 2.0).mul_(x)
 
 
 class _FastMish(th.autograd.Function):
@@ -30,11 +30,12 @@ class _FastMish(th.autograd.Function):
     @staticmethod
     @th.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: th.Tensor) -> th.Tensor:
-        # y = x - x / w:  y' = 1 - 1 / w + x (e + e^2) / w^2
+        # y = x - x / w with w = 1 + e + e^2 / 2:  y' = 1 - 1 / w + x (e + e^2) / w^2
         (x,) = ctx.saved_tensors
-        e = x.clamp(max=20.0).exp_()
+        clamped = x.clamp(max=20.0)
+        e = clamped.exp()
         w = (e * 0.5).add_(1.0).mul_(e).add_(1.0).reciprocal_()
-        slope = e.addcmul_(e, e).mul_(x).mul_(w).sub_(1.0).mul_(w).add_(1.0)
+        slope = e.addcmul_(e, e).mul_(clamped).mul_(w).sub_(1.0).mul_(w).add_(1.0)
         return slope.mul_(grad_output)
 
 

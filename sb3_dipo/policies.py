@@ -164,7 +164,7 @@ class DIPOPolicy(BasePolicy):
         :param which: ``"behaviour"``, for acting; ``"target"``, for TD targets; ``"evaluation"``, for ``deterministic=True``,
             which never draws noise; or ``"all"``
         :param solver: ``"ddpm"``, ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"``
-        :param num_inference_steps: steps to take, between 1 and ``num_train_timesteps``
+        :param num_inference_steps: steps to take, between 1 and ``num_train_timesteps``; None is all
         :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``
         :param noise_scale: factor of the noise, at least 0; the only setting that VAE and MLP have
         :raises ValueError: naming the setting and what it may be; nothing is changed then

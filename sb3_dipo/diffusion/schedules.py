@@ -7,6 +7,7 @@ import torch as th
 from torch import nn
 
 DEFAULT_HORIZON = 4.0
+MIN_HORIZON, MAX_HORIZON = 1e-3, 50.0  # float32 can tell the noisy action from the clean one, and from pure noise
 
 
 def cosine_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
@@ -71,6 +72,9 @@ class NoiseSchedule(nn.Module):
         self.betas = betas.double()
         self.alphas = (1 - betas).double()
         self.alphas_cumprod = th.cumprod(1 - betas, dim=0).double()
+        smallest = th.finfo(th.float32).tiny
+        if not bool(((self.alphas_cumprod.sqrt() > smallest) & (self.alphas_cumprod < 1)).all()):
+            raise ValueError(f"`betas` must leave some signal and add some noise at every step in float32, not {betas}.")
         self.lambda_t = 0.5 * (th.log(self.alphas_cumprod) - th.log1p(-self.alphas_cumprod))
         self.register_buffer("alpha_t", self.alphas_cumprod.sqrt().float(), persistent=False)
         self.register_buffer("sigma_t", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)
@@ -85,9 +89,9 @@ def make_schedule(beta_schedule: str, num_train_timesteps: int, horizon: float |
 
     :param beta_schedule: ``"cosine"``, ``"vp"``, ``"linear"``, as in the authors' code, or ``"ou"``, the paper's process (2)
     :param num_train_timesteps: K, the length of the process, at least 1
-    :param horizon: T, the time that the Ornstein-Uhlenbeck process runs for, above 0; only for ``"ou"``, where None means 4
+    :param horizon: T, the time that the Ornstein-Uhlenbeck process runs for, 1e-3 to 50; only for ``"ou"``, where None is 4
         (the noised action then keeps a share e^-4 = 0.018 of the clean one)
-    :raises ValueError: for an unknown name, ``num_train_timesteps`` < 1, a ``horizon`` that is not positive or not ``"ou"``'s
+    :raises ValueError: for an unknown name, ``num_train_timesteps`` < 1, a ``horizon`` outside its range or not ``"ou"``'s
     """
     if beta_schedule not in SCHEDULES:
         raise ValueError(f"`beta_schedule` must be one of {', '.join(map(repr, SCHEDULES))}, not {beta_schedule!r}.")
@@ -97,6 +101,6 @@ def make_schedule(beta_schedule: str, num_train_timesteps: int, horizon: float |
         raise ValueError(
             f"`horizon` belongs to `beta_schedule='ou'` and must be None with {beta_schedule!r}, not {horizon!r}."
         )
-    if horizon is not None and not 0 < horizon < math.inf:
-        raise ValueError(f"`horizon` must be a finite number above 0, not {horizon!r}.")
+    if horizon is not None and not MIN_HORIZON <= horizon <= MAX_HORIZON:
+        raise ValueError(f"`horizon` must be a number between {MIN_HORIZON:g} and {MAX_HORIZON:g}, not {horizon!r}.")
     return NoiseSchedule(SCHEDULES[beta_schedule](num_train_timesteps, DEFAULT_HORIZON if horizon is None else horizon))
