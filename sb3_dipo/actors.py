@@ -243,7 +243,8 @@ class DiffusionActor(GenerativeActor):
         super().__init__(*args, **kwargs)
         num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
         check_choice("beta_schedule", beta_schedule, SCHEDULES)
-        if check_int("time_embed_dim", time_embed_dim, 4) % 2:
+        time_embed_dim = check_int("time_embed_dim", time_embed_dim, 4)
+        if time_embed_dim % 2:
             raise ValueError(f"`time_embed_dim` must be even, not {time_embed_dim}.")
         if not isinstance(clip_sample, bool):
             raise ValueError(f"`clip_sample` must be True or False, not {clip_sample!r}.")

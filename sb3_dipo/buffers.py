@@ -14,6 +14,19 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Tenso
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+# The arrays that SB3's buffers allocate at construction, all zero
+STORAGE = (
+    "observations",
+    "next_observations",
+    "actions",
+    "rewards",
+    "dones",
+    "timeouts",
+    "infos",
+    "ep_start",
+    "ep_length",
+)
+
 NO_EPISODE_YET = (
     "Unable to sample before the end of the first episode. We recommend choosing a value "
     "for learning_starts that is greater than the maximum number of timesteps in the environment."
@@ -55,9 +68,7 @@ class ImprovedActionsMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # SB3 has checked the memory; its arrays, not touched so far, go until they are needed
-        pending = {name: _describe(value) for name, value in vars(self).items() if _is_storage(value, self.buffer_size)}
-        for name in pending:
-            delattr(self, name)
+        pending = {name: _describe(vars(self).pop(name)) for name in STORAGE if name in vars(self)}
         self._pending: dict[str, Any] | None = {**pending, "improved_actions": (pending["actions"][0], np.dtype(np.float32))}
 
     def add(self, *args: Any, **kwargs: Any) -> None:
@@ -121,12 +132,6 @@ class ImprovedActionsMixin:
 
     def _to_torch(self, array: np.ndarray) -> th.Tensor:
         return self.to_torch(array)  # type: ignore[attr-defined]
-
-
-def _is_storage(value: Any, rows: int) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(_is_storage(array, rows) for array in value.values())
-    return isinstance(value, np.ndarray) and value.ndim >= 2 and value.shape[0] == rows
 
 
 def _describe(value: Any) -> Any:

@@ -4,6 +4,7 @@ import io
 import math
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -182,6 +183,8 @@ class DIPO(OffPolicyAlgorithm):
 
         metrics = []
         for _ in range(gradient_steps):
+            undo = remember([self.actor, self.critic], [self.critic.optimizer])
+
             # Critic: temporal difference on the actions taken, the target's from the target policy
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
@@ -194,8 +197,7 @@ class DIPO(OffPolicyAlgorithm):
             current_q_values = self.critic(replay_data.observations, replay_data.actions)
             critic_loss = th.stack([F.mse_loss(q_values, target_q_values) for q_values in current_q_values]).sum()
 
-            undo_critic_step = remember(self.critic, self.critic.optimizer)
-            self._backward(critic_loss, self.critic.optimizer, "critic_loss")
+            self._backward(critic_loss, self.critic.optimizer, "critic_loss", undo)
             self.critic.optimizer.step()
 
             # Action gradient (15): an independent minibatch of replayed actions climbs min_i Q_i
@@ -214,11 +216,7 @@ class DIPO(OffPolicyAlgorithm):
             # Actor: the denoising loss (11) on the improved actions
             features = self.actor.extract_features(batch.observations)
             actor_loss = self.actor.loss(features, improved_actions)
-            try:
-                self._backward(actor_loss, self.actor.optimizer, "actor_loss")
-            except NonFiniteLossError:
-                undo_critic_step()
-                raise
+            self._backward(actor_loss, self.actor.optimizer, "actor_loss", undo)
             self.actor.optimizer.step()
 
             # Write-back: the improved actions take their places in the replay data; `actions` are never touched
@@ -237,19 +235,22 @@ class DIPO(OffPolicyAlgorithm):
             q_value = th.cat(current_q_values, dim=1).mean()
             metrics.append(th.stack([critic_loss, actor_loss, q_value, improved_q_gain, action_shift]).detach())
 
+        if not metrics:
+            return
         names = ("critic_loss", "actor_loss", "q_value", "improved_q_gain", "action_shift")
         for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _backward(self, loss: th.Tensor, optimizer: th.optim.Optimizer, name: str) -> None:
-        """Leave the loss's clipped gradient in the optimizer's parameters, or raise if it is not finite."""
+    def _backward(self, loss: th.Tensor, optimizer: th.optim.Optimizer, name: str, undo: Callable[[], None]) -> None:
+        """Leave the loss's clipped gradient in the optimizer's parameters; if it is not finite, undo the update and raise."""
         optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grad_norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if not th.isfinite(loss + grad_norm):
             optimizer.zero_grad()
+            undo()
             raise NonFiniteLossError(
                 f"`{name}` or its gradient is not finite in update {self._n_updates + 1} (loss {loss.item()}, gradient norm "
                 f"{grad_norm.item()}). Weights, targets and stored actions are as before this update. Look for observations "
@@ -260,15 +261,15 @@ class DIPO(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        replay_buffer_class, self.replay_buffer_kwargs = resolve_replay_buffer(
+        replay_buffer_class, replay_buffer_kwargs = resolve_replay_buffer(
             self.replay_buffer_class, self.replay_buffer_kwargs, self.observation_space, self.n_steps, self.gamma
         )
         if self.replay_buffer is None:
-            self.replay_buffer = self._make_replay_buffer(replay_buffer_class)
+            self.replay_buffer = self._make_replay_buffer(replay_buffer_class, replay_buffer_kwargs)
         # SB3 would warn that `n_steps` is ignored with a class of one's own: it is not, that is settled above
-        self.replay_buffer_class = None
+        self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         super()._setup_model()
-        self.replay_buffer_class = replay_buffer_class
+        self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
 
         if self.samplers is not None:  # a saved model's
             for use, settings in self.samplers.items():
@@ -288,11 +289,10 @@ class DIPO(OffPolicyAlgorithm):
         self.critic_target = self.policy.critic_target
         self.samplers = self.policy.samplers
 
-    def _make_replay_buffer(self, replay_buffer_class: type[ReplayBuffer]) -> ReplayBuffer:
-        kwargs = self.replay_buffer_kwargs.copy()
+    def _make_replay_buffer(self, replay_buffer_class: type[ReplayBuffer], kwargs: dict[str, Any]) -> ReplayBuffer:
         if issubclass(replay_buffer_class, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment when using `HerReplayBuffer`"
-            kwargs["env"] = self.env
+            kwargs = {**kwargs, "env": self.env}
         return replay_buffer_class(
             self.buffer_size,
             self.observation_space,
@@ -327,6 +327,9 @@ class DIPO(OffPolicyAlgorithm):
     # ------------------------------------------------------------------------------------------------- learning rates
 
     def _setup_lr_schedule(self) -> None:
+        for name, value in (("learning_rate", self.learning_rate), ("qf_learning_rate", self.qf_learning_rate)):
+            if value is not None and not callable(value):
+                check_float(name, value)
         super()._setup_lr_schedule()
         self.qf_lr_schedule = self.lr_schedule if self.qf_learning_rate is None else FloatSchedule(self.qf_learning_rate)
         self._current_learning_rates(progress_remaining=1.0)

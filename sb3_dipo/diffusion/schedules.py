@@ -103,4 +103,10 @@ def make_schedule(beta_schedule: str, num_train_timesteps: int, horizon: float |
         )
     if horizon is not None and not MIN_HORIZON <= horizon <= MAX_HORIZON:
         raise ValueError(f"`horizon` must be a number between {MIN_HORIZON:g} and {MAX_HORIZON:g}, not {horizon!r}.")
-    return NoiseSchedule(SCHEDULES[beta_schedule](num_train_timesteps, DEFAULT_HORIZON if horizon is None else horizon))
+    betas = SCHEDULES[beta_schedule](num_train_timesteps, DEFAULT_HORIZON if horizon is None else horizon)
+    try:
+        return NoiseSchedule(betas)
+    except ValueError as error:
+        raise ValueError(
+            f"`num_train_timesteps` = {num_train_timesteps} does not go with `beta_schedule={beta_schedule!r}`: {error}"
+        ) from error
