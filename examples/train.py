@@ -20,10 +20,10 @@ from sb3_dipo import DIPO
 
 # Chosen to show something within a quarter of an hour on two CPU cores. The paper's own settings (1,000,000 steps, the
 # first 10,000 of them at random, 100 denoising steps) go further and take far longer: see hyperparams/dipo.yml.
-TIMESTEPS = 20_000
-LEARNING_STARTS = 2_000  # random steps before the first update
-DENOISING_STEPS = 20  # of the diffusion policy, for every action
-ACTION_GRADIENT_STEPS = 20  # uphill on Q, for every batch of actions the policy then imitates
+TIMESTEPS = 15_000
+LEARNING_STARTS = 1_000  # random steps before the first update
+DENOISING_STEPS = 10  # of the diffusion policy, for every action
+ACTION_GRADIENT_STEPS = 10  # uphill on Q, for every batch of actions the policy then imitates
 EVAL_EPISODES = 5
 
 

@@ -32,15 +32,15 @@ def improve_actions(
     max_norm = action_grad_norm_ratio * actions.shape[1]
     beta1, beta2 = ADAM_BETAS
     actions = actions.detach()
-    mean, variance = th.zeros_like(actions), th.zeros_like(actions)
+    first_moment, second_moment = th.zeros_like(actions), th.zeros_like(actions)
     for step in range(1, action_gradient_steps + 1):
         with th.enable_grad():
             climber = actions.requires_grad_()
             (gradient,) = th.autograd.grad(q_fn(climber).sum(), climber)
         with th.no_grad():
             gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-            mean = mean.lerp(gradient, 1 - beta1)
-            variance = beta2 * variance + (1 - beta2) * gradient * gradient
-            denominator = (variance / (1 - beta2**step)).sqrt() + ADAM_EPS
-            actions = (actions + (action_lr / (1 - beta1**step)) * mean / denominator).clamp(-1, 1)
+            first_moment = first_moment.lerp(gradient, 1 - beta1)
+            second_moment = beta2 * second_moment + (1 - beta2) * gradient * gradient
+            denominator = (second_moment / (1 - beta2**step)).sqrt() + ADAM_EPS
+            actions = (actions + (action_lr / (1 - beta1**step)) * first_moment / denominator).clamp(-1, 1)
     return actions.detach()

@@ -45,7 +45,7 @@ class GenerativeActor(BasePolicy, ABC):
     :param share_features_extractor: whether the extractor is the critic's: the actor's loss then leaves it alone
     :param samplers: how to sample for each of :data:`SAMPLER_USES`; filled in place where empty, so that an actor and its
         target can share it
-    :param use: for which use :meth:`sample` samples by default
+    :param which: for which of them :meth:`sample` samples by default
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -65,7 +65,7 @@ class GenerativeActor(BasePolicy, ABC):
         normalize_images: bool = True,
         share_features_extractor: bool = False,
         samplers: dict[str, SamplerSettings] | None = None,
-        use: str = "behaviour",
+        which: str = "behaviour",
     ):
         super().__init__(
             observation_space,
@@ -80,7 +80,7 @@ class GenerativeActor(BasePolicy, ABC):
         self.share_features_extractor = share_features_extractor
         self.action_dim = get_action_dim(action_space)
         self.samplers: dict[str, SamplerSettings] = {} if samplers is None else samplers
-        self.use = use
+        self.which = check_choice("which", which, SAMPLER_USES)
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
         """
@@ -105,16 +105,16 @@ class GenerativeActor(BasePolicy, ABC):
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
         noise_scale: float | None = None,
-        use: str | None = None,
+        which: str | None = None,
     ) -> th.Tensor:
         """
-        Draw one action for each state.
+        Draw one action for each state. An actor takes those of the draws that it needs.
 
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: the latent to start from, standard normal; drawn where None
         :param noise: the noise added on the way, standard normal; drawn where None
         :param noise_scale: factor of the noise; the sampler's where None
-        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
@@ -173,14 +173,22 @@ class GenerativeActor(BasePolicy, ABC):
         self.samplers.update(checked)
 
     def _init_samplers(self, **settings: Any) -> None:
-        if not self.samplers:
-            self.samplers.update({use: dict(settings) for use in SAMPLER_USES})
-            self.samplers["evaluation"]["noise_scale"] = 0.0
         for use in SAMPLER_USES:
-            self.samplers[use] = self.check_sampler(self.samplers[use])
+            own = {**settings, "noise_scale": 0.0} if use == "evaluation" else settings
+            self.samplers[use] = self.check_sampler({**own, **self.samplers.get(use, {})})
 
-    def _noise_scale(self, noise_scale: float | None, use: str | None) -> float:
-        return self.samplers[use or self.use]["noise_scale"] if noise_scale is None else noise_scale
+    def _noise_scale(self, noise_scale: float | None, which: str | None) -> float:
+        return self._sampler(which)["noise_scale"] if noise_scale is None else noise_scale
+
+    def _sampler(self, which: str | None) -> SamplerSettings:
+        return self.samplers[self.which if which is None else check_choice("which", which, SAMPLER_USES)]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        names = ("net_arch", "activation_fn", "features_extractor", "features_dim", "share_features_extractor", "which")
+        options = (name for name in self.options if name not in self.sampler_options)
+        data.update({name: getattr(self, name) for name in (*names, *options)}, samplers=self.samplers)
+        return data
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """Actions in [-1, 1], (batch_size, action_dim), for observations."""
@@ -251,8 +259,12 @@ class DiffusionActor(GenerativeActor):
         if horizon is not None:
             horizon = check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
 
-        self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
+        self.num_train_timesteps = num_train_timesteps
+        self.beta_schedule = beta_schedule
+        self.horizon = horizon
         self.clip_sample = clip_sample
+        self.time_embed_dim = time_embed_dim
+        self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
         self._tables: dict[tuple[str, int, float], tuple[SolverTable, th.Tensor]] = {}
         self._init_samplers(
             solver=solver,
@@ -269,9 +281,8 @@ class DiffusionActor(GenerativeActor):
     def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
         settings = super().check_sampler(settings)
         check_choice("solver", settings["solver"], SOLVERS)
-        if settings["num_inference_steps"] is None:
-            settings["num_inference_steps"] = len(self.schedule)
-        settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
+        if settings["num_inference_steps"] is not None:
+            settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
         settings["eta"] = check_float("eta", settings["eta"], maximum=1.0)
         if settings["eta"] != 0 and settings["solver"] != "ddim":
             raise ValueError(
@@ -287,9 +298,10 @@ class DiffusionActor(GenerativeActor):
 
     def _table(self, settings: SamplerSettings) -> tuple[SolverTable, th.Tensor]:
         """The solver's coefficients, and its timesteps as a tensor on the actor's device."""
-        key = (settings["solver"], settings["num_inference_steps"], settings["eta"])
+        num_inference_steps = settings["num_inference_steps"] or len(self.schedule)
+        key = (settings["solver"], num_inference_steps, settings["eta"])
         if key not in self._tables or self._tables[key][1].device != self.schedule.alpha_t.device:
-            grid = time_grid(len(self.schedule), settings["num_inference_steps"])
+            grid = time_grid(len(self.schedule), num_inference_steps)
             table = SOLVERS[settings["solver"]](self.schedule, grid, settings["eta"])
             self._tables[key] = table, th.tensor(grid, device=self.schedule.alpha_t.device)
         return self._tables[key]
@@ -300,7 +312,7 @@ class DiffusionActor(GenerativeActor):
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
         noise_scale: float | None = None,
-        use: str | None = None,
+        which: str | None = None,
     ) -> th.Tensor:
         """
         Play a ~ pi(.|s): start from noise and denoise it step by step.
@@ -310,11 +322,11 @@ class DiffusionActor(GenerativeActor):
         :param noise: z in order of use, (num_inference_steps, batch_size, action_dim); standard normal where None. The
             authors' sampler multiplies the last of them by 0
         :param noise_scale: factor of z; the sampler's where None. 0 is the authors' evaluation
-        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        table, timesteps = self._table(self.samplers[use or self.use])
-        noise_scale = self._noise_scale(noise_scale, use)
+        table, timesteps = self._table(self._sampler(which))
+        noise_scale = self._noise_scale(noise_scale, which)
         shape = (features.shape[0], self.action_dim)
         if initial_noise is None:
             initial_noise = th.randn(shape, device=features.device)
@@ -335,7 +347,7 @@ class DiffusionActor(GenerativeActor):
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         latent = self.latent.expand(features.shape[0], -1)
-        return self.sample(features, initial_noise=latent, noise_scale=0.0, use="evaluation")
+        return self.sample(features, initial_noise=latent, noise_scale=0.0, which="evaluation")
 
     def loss(
         self,
@@ -395,7 +407,7 @@ class VAEActor(GenerativeActor):
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
         noise_scale: float | None = None,
-        use: str | None = None,
+        which: str | None = None,
     ) -> th.Tensor:
         """
         Decode z ~ N(0, noise_scale^2 I).
@@ -404,12 +416,12 @@ class VAEActor(GenerativeActor):
         :param initial_noise: z, (batch_size, latent_dim); standard normal where None
         :param noise: not used
         :param noise_scale: factor of z; the sampler's where None
-        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         if initial_noise is None:
             initial_noise = th.randn((features.shape[0], self.latent_dim), device=features.device)
-        z = self._noise_scale(noise_scale, use) * initial_noise
+        z = self._noise_scale(noise_scale, which) * initial_noise
         return self.decoder(th.cat([z, features], dim=1)).clamp(-1, 1)
 
     def mode(self, features: th.Tensor) -> th.Tensor:
@@ -468,7 +480,7 @@ class MLPActor(GenerativeActor):
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
         noise_scale: float | None = None,
-        use: str | None = None,
+        which: str | None = None,
     ) -> th.Tensor:
         """
         The regression's action + N(0, (noise_scale noise_std)^2 I).
@@ -477,13 +489,13 @@ class MLPActor(GenerativeActor):
         :param initial_noise: not used
         :param noise: (batch_size, action_dim); standard normal where None
         :param noise_scale: factor of ``noise_std``; the sampler's where None
-        :param use: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         actions = self.layers(features)
         if noise is None:
             noise = th.randn_like(actions)
-        return (actions + self._noise_scale(noise_scale, use) * self.noise_std * noise).clamp(-1, 1)
+        return (actions + self._noise_scale(noise_scale, which) * self.noise_std * noise).clamp(-1, 1)
 
     def mode(self, features: th.Tensor) -> th.Tensor:
         """The regression's action: features (batch_size, features_dim) to actions in [-1, 1], (batch_size, action_dim)."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Tenso
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-# The arrays that SB3's buffers allocate at construction, all zero
+# The arrays that SB3's buffers allocate at construction; nothing reads a row of them before it was written
 STORAGE = (
     "observations",
     "next_observations",
@@ -50,7 +50,7 @@ class ImprovedSamples(NamedTuple):
 class ImprovedActionsMixin:
     """
     Adds the column of improved actions to a replay buffer of SB3, and makes it allocate at the first ``add()``: an agent
-    that is only loaded to act needs no memory.
+    that is only loaded to act needs no memory. A subclass of its own finds no arrays in ``__init__``.
 
     :param args: as SB3's class
     :param kwargs: as SB3's class
@@ -83,7 +83,7 @@ class ImprovedActionsMixin:
     def reset_improved(self) -> None:
         """Forget all improvements: improved actions become a copy of the actions taken."""
         if hasattr(self, "actions"):
-            self.improved_actions = self.actions.copy()
+            self.improved_actions = self.actions.astype(np.float32)
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
         """
@@ -149,10 +149,11 @@ def _allocate(description: Any) -> Any:
 
 class DIPOReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
     """
-    SB3's ``ReplayBuffer`` with improved actions.
+    SB3's ``ReplayBuffer`` with improved actions (paper, Algorithm 3: the actions that the action gradient replaces).
 
     :param args: as ``ReplayBuffer``
     :param kwargs: as ``ReplayBuffer``
+    :raises ValueError: for ``optimize_memory_usage`` together with ``handle_timeout_termination``, as SB3
     """
 
 
@@ -162,6 +163,7 @@ class DIPODictReplayBuffer(ImprovedActionsMixin, DictReplayBuffer):
 
     :param args: as ``DictReplayBuffer``
     :param kwargs: as ``DictReplayBuffer``
+    :raises AssertionError: for ``optimize_memory_usage``, as SB3
     """
 
 
@@ -171,6 +173,7 @@ class DIPONStepReplayBuffer(ImprovedActionsMixin, NStepReplayBuffer):
 
     :param args: as ``NStepReplayBuffer``
     :param kwargs: as ``NStepReplayBuffer``
+    :raises NotImplementedError: for ``optimize_memory_usage``, as SB3
     """
 
 
@@ -181,6 +184,7 @@ class DIPOHerReplayBuffer(ImprovedActionsMixin, HerReplayBuffer):
 
     :param args: as ``HerReplayBuffer``
     :param kwargs: as ``HerReplayBuffer``
+    :raises AssertionError: for ``optimize_memory_usage``, as SB3
     """
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
@@ -236,7 +240,7 @@ def resolve_replay_buffer(
     :param replay_buffer_class: what the user asked for: None, a class of SB3, or one with improved actions
     :param replay_buffer_kwargs: what the user gave; it has precedence
     :param observation_space: a Dict space takes the Dict buffer
-    :param n_steps: above 1 takes the n-step buffer
+    :param n_steps: above 1 takes the n-step buffer; it holds for one that the user names, too
     :param gamma: the discount factor, for n-step returns
     :return: a class with improved actions, and its arguments
     :raises ValueError: if the class stores no improved actions
@@ -252,6 +256,7 @@ def resolve_replay_buffer(
             replay_buffer_class = NStepReplayBuffer
         if not issubclass(replay_buffer_class, NStepReplayBuffer):
             raise ValueError(f"`n_steps` must be 1 with `replay_buffer_class={replay_buffer_class.__name__}`, not {n_steps}.")
+    if issubclass(replay_buffer_class, NStepReplayBuffer):
         replay_buffer_kwargs = {"n_steps": n_steps, "gamma": gamma, **replay_buffer_kwargs}
     replay_buffer_class = IMPROVED.get(replay_buffer_class, replay_buffer_class)
     if not issubclass(replay_buffer_class, ImprovedActionsMixin):

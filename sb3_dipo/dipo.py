@@ -33,9 +33,9 @@ class DIPO(OffPolicyAlgorithm):
     """
     DIffusion POlicy (DIPO): off-policy reinforcement learning whose actor is the reverse of a noising process.
 
-    Such a policy can be fitted to data but has no policy gradient, so DIPO improves the data: replayed actions are moved
-    uphill on Q (the action gradient, equation 15), the actor is fitted to the improved actions, and the critics learn from
-    the actions that were really taken.
+    Such a policy can be fitted to data but has no density for a policy gradient, so DIPO improves the data: replayed actions
+    are moved uphill on Q (the action gradient, equation 15), the actor is fitted to the improved actions, and the critics
+    learn from the actions that were really taken.
 
     Paper: https://arxiv.org/abs/2305.13122, Algorithm 3; defaults are its Tables 2 and 3. Where this class differs from the
     paper or from the authors' released code, the README says so.
@@ -69,7 +69,8 @@ class DIPO(OffPolicyAlgorithm):
     :param actor_target_update_interval: the actor's target moves in the updates 0, n, 2n, ...; at least 1. Table 3: 1
         (HalfCheetah 2)
     :param qf_learning_rate: step size of Adam for the critics, or a schedule; that of the actor where None
-    :param accelerate: ``"auto"`` or ``"off"``; in this version both run the plain path
+    :param accelerate: a request: ``"auto"``, ``"cudagraphs"``, ``"compile"`` or ``"off"``. This version has the plain path
+        only, which is what each of them runs
     :param stats_window_size: number of episodes over which rollout statistics are averaged
     :param tensorboard_log: folder for TensorBoard; no logging where None
     :param policy_kwargs: arguments of the policy, see :class:`~sb3_dipo.policies.DIPOPolicy`: ``actor``, ``net_arch``, and
@@ -183,6 +184,7 @@ class DIPO(OffPolicyAlgorithm):
 
         metrics = []
         for _ in range(gradient_steps):
+            # a loss that is not finite must leave no trace
             undo = remember([self.actor, self.critic], [self.critic.optimizer])
 
             # Critic: temporal difference on the actions taken, the target's from the target policy
@@ -261,15 +263,14 @@ class DIPO(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        replay_buffer_class, replay_buffer_kwargs = resolve_replay_buffer(
-            self.replay_buffer_class, self.replay_buffer_kwargs, self.observation_space, self.n_steps, self.gamma
-        )
         if self.replay_buffer is None:
-            self.replay_buffer = self._make_replay_buffer(replay_buffer_class, replay_buffer_kwargs)
-        # SB3 would warn that `n_steps` is ignored with a class of one's own: it is not, that is settled above
+            self.replay_buffer = self._make_replay_buffer()
+        # The buffer is settled; SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
+        # The arguments that the user gave are kept, so that a saved model can be loaded with other `n_steps` or `gamma`.
+        given_kwargs = self.replay_buffer_kwargs
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         super()._setup_model()
-        self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
+        self.replay_buffer_class, self.replay_buffer_kwargs = type(self.replay_buffer), given_kwargs
 
         if self.samplers is not None:  # a saved model's
             for use, settings in self.samplers.items():
@@ -289,7 +290,10 @@ class DIPO(OffPolicyAlgorithm):
         self.critic_target = self.policy.critic_target
         self.samplers = self.policy.samplers
 
-    def _make_replay_buffer(self, replay_buffer_class: type[ReplayBuffer], kwargs: dict[str, Any]) -> ReplayBuffer:
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        replay_buffer_class, kwargs = resolve_replay_buffer(
+            self.replay_buffer_class, self.replay_buffer_kwargs, self.observation_space, self.n_steps, self.gamma
+        )
         if issubclass(replay_buffer_class, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment when using `HerReplayBuffer`"
             kwargs = {**kwargs, "env": self.env}
@@ -309,8 +313,12 @@ class DIPO(OffPolicyAlgorithm):
         self.batch_size = check_int("batch_size", self.batch_size, 1)
         self.n_steps = check_int("n_steps", self.n_steps, 1)
         self.gradient_steps = check_int("gradient_steps", self.gradient_steps, -1)
-        train_freq = self.train_freq[0] if isinstance(self.train_freq, (tuple, TrainFreq)) else self.train_freq
-        check_int("train_freq", train_freq, 1)
+        if isinstance(self.train_freq, list):
+            self.train_freq = tuple(self.train_freq)
+        if isinstance(self.train_freq, tuple):
+            check_int("train_freq", self.train_freq[0], 1)
+        else:
+            self.train_freq = check_int("train_freq", self.train_freq, 1)
         self.tau = check_float("tau", self.tau, maximum=1.0)
         self.gamma = check_float("gamma", self.gamma, maximum=1.0)
         self.action_lr = check_float("action_lr", self.action_lr, open_minimum=True)
@@ -322,7 +330,7 @@ class DIPO(OffPolicyAlgorithm):
         self.actor_target_update_interval = check_int("actor_target_update_interval", self.actor_target_update_interval, 1)
         if not isinstance(self.persist_improved_actions, bool):
             raise ValueError(f"`persist_improved_actions` must be True or False, not {self.persist_improved_actions!r}.")
-        check_choice("accelerate", self.accelerate, ("auto", "off"))
+        check_choice("accelerate", self.accelerate, ("auto", "cudagraphs", "compile", "off"))
 
     # ------------------------------------------------------------------------------------------------- learning rates
 
@@ -365,6 +373,8 @@ class DIPO(OffPolicyAlgorithm):
         :param reset_num_timesteps: whether to start counting at 0; False continues
         :param progress_bar: show a progress bar
         :return: the agent
+        :raises NonFiniteLossError: if a loss is not finite, see :meth:`train`
+        :raises ValueError: if ``total_timesteps`` is no whole number, or a learning-rate schedule gives none that is legal
         """
         total_timesteps = check_int("total_timesteps", total_timesteps, 0)
         self._warn_if_nothing_is_learned(total_timesteps, reset_num_timesteps)
@@ -379,9 +389,12 @@ class DIPO(OffPolicyAlgorithm):
 
     def _warn_if_nothing_is_learned(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
         start = 0 if reset_num_timesteps else self.num_timesteps
-        assert isinstance(self.train_freq, TrainFreq)
-        # learn() ends with the rollout in which the total is reached; how long an episode is, nobody knows
-        rollout = self.n_envs * (self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else 1)
+        assert isinstance(self.train_freq, TrainFreq) and self.env is not None
+        # learn() ends with the rollout in which the total is reached
+        rollout = self.n_envs * self.train_freq.frequency
+        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            spec = self.env.get_attr("spec", 0)[0]
+            rollout *= getattr(spec, "max_episode_steps", None) or self.learning_starts + 1
         end = start + math.ceil(total_timesteps / rollout) * rollout
         if end <= self.learning_starts:
             warnings.warn(
@@ -392,30 +405,37 @@ class DIPO(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer, improved actions included. From one saved by SAC or TD3 the actions are taken for them.
+        Load a replay buffer, improved actions included. From one saved by SAC or TD3 the actions are taken for them, and so
+        they are with ``persist_improved_actions=False``.
 
         :param path: path to the pickled replay buffer
         :param truncate_last_traj: with HER: whether the last trajectory is taken to be finished
         :raises ValueError: if the buffer stores no improved actions and cannot be converted, or does not fit the agent's
-            spaces or number of environments; the agent's own buffer then stays
+            spaces, number of environments or n-step returns; the agent's own buffer then stays
         """
         current = self.replay_buffer
         try:
             super().load_replay_buffer(path, truncate_last_traj)
             assert self.replay_buffer is not None
             self.replay_buffer = with_improved_actions(self.replay_buffer)
-            self._check_replay_buffer(self.replay_buffer)
+            self._check_replay_buffer(self.replay_buffer, current)
         except BaseException:
             self.replay_buffer = current
             raise
         if not self.persist_improved_actions:
             self.replay_buffer.reset_improved()  # type: ignore[attr-defined]
 
-    def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
+    def _check_replay_buffer(self, replay_buffer: ReplayBuffer, current: ReplayBuffer | None) -> None:
         for name in ("observation_space", "action_space", "n_envs"):
             loaded, own = getattr(replay_buffer, name), getattr(self, name)
             if loaded != own:
                 raise ValueError(f"The replay buffer's `{name}` must be the agent's, {own}, not {loaded}.")
+        for name, single_step in (("n_steps", 1), ("gamma", None)):
+            loaded, own = getattr(replay_buffer, name, single_step), getattr(current, name, single_step)
+            if loaded != own:
+                raise ValueError(
+                    f"The replay buffer's `{name}`, for n-step returns, must be the agent's, {own}, not {loaded}."
+                )
 
     def _excluded_save_params(self) -> list[str]:
         statistics = [f"_{name}_statistics" for name in ("actor", "actor_target", "critic", "critic_target")]

@@ -42,12 +42,12 @@ class _FastMish(th.autograd.Function):
 def mish(x: th.Tensor) -> th.Tensor:
     """
     Mish, x tanh(log(1 + e^x)) (Misra 2019), equal to ``torch.nn.functional.mish`` to float32 rounding and several times
-    faster on the CPU. On other devices, and for other types than float32, it is ``torch.nn.functional.mish``.
+    faster on the CPU. On other devices, for other types than float32, and for tracing it is ``torch.nn.functional.mish``.
 
     :param x: any shape
     :return: the same shape
     """
-    if x.device.type != "cpu" or x.dtype != th.float32:
+    if x.device.type != "cpu" or x.dtype != th.float32 or th.jit.is_tracing():
         return F.mish(x)
     return _FastMish.apply(x) if th.is_grad_enabled() and x.requires_grad else _mish(x)
 

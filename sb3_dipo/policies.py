@@ -22,7 +22,8 @@ from sb3_dipo.networks import CriticEnsemble, Mish
 
 class DIPOPolicy(BasePolicy):
     """
-    Policy class for DIPO: a generative actor, an ensemble of critics, and a target of each.
+    Policy class for DIPO: a generative actor, an ensemble of critics, and a target of each (paper, Algorithm 3 and
+    Appendix H.2.2).
 
     :param observation_space: observation space
     :param action_space: action space, a bounded Box
@@ -82,6 +83,8 @@ class DIPOPolicy(BasePolicy):
         self.actor_options = actor_options
         self._check_actor_options()
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        for width in (width for arch in get_actor_critic_arch(self.net_arch) for width in arch):
+            check_int("net_arch", width, 1)
         self.activation_fn = activation_fn
         self.share_features_extractor = share_features_extractor
         self.n_critics = check_int("n_critics", n_critics, 1)
@@ -118,11 +121,11 @@ class DIPOPolicy(BasePolicy):
         self.actor_target.set_training_mode(False)
         self.critic_target.set_training_mode(False)
 
-    def make_actor(self, use: str, features_extractor: BaseFeaturesExtractor | None = None) -> GenerativeActor:
+    def make_actor(self, which: str, features_extractor: BaseFeaturesExtractor | None = None) -> GenerativeActor:
         """
         Make an actor.
 
-        :param use: for which use it samples by default, see :meth:`set_sampler`
+        :param which: what it samples for by default, see :meth:`set_sampler`
         :param features_extractor: the extractor to share; its own where None
         """
         kwargs = {
@@ -133,7 +136,7 @@ class DIPOPolicy(BasePolicy):
             "normalize_images": self.normalize_images,
             "share_features_extractor": self.share_features_extractor,
             "samplers": self.samplers,
-            "use": use,
+            "which": which,
             **self.actor_options,
         }
         return ACTORS[self.actor_name](**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
@@ -158,8 +161,8 @@ class DIPOPolicy(BasePolicy):
         """
         Change how the policy samples, at any time; it is saved with the policy. What is not named stays as it is.
 
-        With ``noise_scale=0`` and ``predict(deterministic=False)`` the policy is evaluated as the authors do: from a random
-        start, without noise on the way.
+        With ``set_sampler("behaviour", noise_scale=0)`` and ``predict(deterministic=False)`` the policy is evaluated as the
+        authors do: from a random start, without noise on the way. Set it back to 1 before training goes on.
 
         :param which: ``"behaviour"``, for acting; ``"target"``, for TD targets; ``"evaluation"``, for ``deterministic=True``,
             which never draws noise; or ``"all"``

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import GivenRowsBuffer, displacement_error, fill, give_noise, make_agent, networks, set_weights
+from naive_dipo import Memory, NaiveDIPO, Settings
 
 from sb3_dipo import DIPO, DiffusionActor, improve_actions
 from sb3_dipo.diffusion import SOLVERS, make_schedule, time_grid
@@ -182,6 +183,36 @@ def test_three_whole_updates(golden: Golden) -> None:
         # a TD target that samples from the policy instead of the target policy is off by no more than 2.7e-5
         bound = 3e-4 if name.endswith("target") else 1.5e-5
         assert displacement_error(parameters, start[name], expected_weights) < bound, name
+
+
+def test_oracle_reaches_the_golden_weights_too(golden: Golden) -> None:
+    """The naive implementation and the package are checked against each other; this checks that they do not err together."""
+    meta = golden.meta
+    settings = Settings(
+        num_train_timesteps=meta["K"],
+        beta_schedule=meta["schedule"],
+        tau=meta["tau"],
+        learning_rate=meta["lr"],
+        qf_learning_rate=meta["lr"],
+        action_lr=meta["action_lr"],
+        action_gradient_steps=meta["action_gradient_steps"],
+        action_grad_norm_ratio=meta["action_grad_norm"] / meta["action_dim"],
+        max_grad_norm=meta["max_grad_norm"],
+    )
+    naive = NaiveDIPO(settings, meta["obs_dim"], meta["action_dim"], [meta["hidden"]] * 3)
+    naive.load_golden(golden.arrays)
+    start = naive.flat_parameters()
+    names = ("observations", "actions", "rewards", "next_observations")
+    data = {name: golden[f"replay.{name}"][:, None] for name in names}
+    terminals = 1 - golden["replay.discount_mask"] / settings.gamma
+    memory = Memory(**{**data, "rewards": data["rewards"][..., 0]}, terminals=terminals)
+    for update in range(3):
+        rows = {f"{which}_rows": golden[f"update.{which}_indices"][update] for which in ("critic", "actor")}
+        envs = {f"{which}_envs": th.zeros(meta["batch"], dtype=th.int64) for which in ("critic", "actor")}
+        noise = {"initial_noise": "x_K", "noise": "z", "timesteps": "k", "loss_noise": "noise"}
+        naive.update(memory, {**rows, **envs, **{ours: golden[f"update.{theirs}"][update] for ours, theirs in noise.items()}})
+    for name, weights in naive.flat_parameters().items():
+        assert displacement_error(weights, start[name], golden.weights(f"update.final.{name}.")) < 1.5e-5, name
 
 
 @pytest.mark.parametrize("actor", ["vae", "mlp"])

@@ -502,6 +502,17 @@ def test_warning_where_nothing_is_learned_when_learning_goes_on() -> None:
     assert model._n_updates == 1
 
 
+def test_warning_where_nothing_is_learned_in_episodes() -> None:
+    """It comes where the longest episodes that the time limit allows would not do; of an unknown length it says nothing."""
+    model = small_dipo(TinyEnv(episode_length=7), learning_starts=10, train_freq=(1, "episode"))
+    model.learn(10)  # ends at 14
+    assert model._n_updates == 1
+    model = small_dipo(gym.make("Pendulum-v1"), learning_starts=400, train_freq=(1, "episode"))
+    with pytest.warns(UserWarning, match="after 400 steps"):
+        model.learn(201)
+    assert model._n_updates == 0
+
+
 def test_first_actions_are_uniform() -> None:
     env = TinyEnv(spaces.Box(-2.0, 2.0, (2,)))
     model = small_dipo(env, learning_starts=200)
@@ -744,7 +755,7 @@ def test_defaults_are_the_papers() -> None:
     assert [layer.out_features for layer in critic if isinstance(layer, th.nn.Linear)] == [256, 256, 256, 1]
     assert len(model.critic.q_networks) == 2
     assert model.actor.optimizer.defaults["eps"] == 1e-5
-    expected = {"solver": "ddpm", "num_inference_steps": 100, "eta": 0.0, "noise_scale": 1.0}
+    expected = {"solver": "ddpm", "num_inference_steps": None, "eta": 0.0, "noise_scale": 1.0}
     assert model.policy.samplers == {
         "behaviour": expected,
         "target": expected,

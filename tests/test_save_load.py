@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_dipo import DIPO, CnnPolicy, DIPOPolicy, MultiInputPolicy
+from sb3_dipo import DIPO, CnnPolicy, DIPONStepReplayBuffer, DIPOPolicy, MultiInputPolicy
 
 ACTORS = ["diffusion", "vae", "mlp"]
 POLICIES = [
@@ -500,3 +500,74 @@ def test_wrong_settings_of_another_actor() -> None:
     model = small_dipo(policy_kwargs={"actor": "vae"})
     with pytest.raises(ValueError, match=r"`solver` does not apply.*VAEActor.*noise_scale"):
         model.policy.set_sampler(solver="ddim")
+
+
+# ------------------------------------------------------------------------------------------------- n-step returns
+
+
+def n_step_settings(model: DIPO) -> tuple[int, float]:
+    assert isinstance(model.replay_buffer, DIPONStepReplayBuffer)
+    return model.replay_buffer.n_steps, model.replay_buffer.gamma
+
+
+def test_loading_with_other_n_step_returns(tmp_path: pathlib.Path) -> None:
+    small_dipo(n_steps=3, gamma=0.9).save(tmp_path / "model")
+    model = DIPO.load(tmp_path / "model", env=TinyEnv(), n_steps=5, gamma=0.5)
+    assert n_step_settings(model) == (5, 0.5)
+    assert n_step_settings(DIPO.load(tmp_path / "model", env=TinyEnv())) == (3, 0.9)
+    assert n_step_settings(DIPO.load(tmp_path / "model", env=TinyEnv(), n_steps=1)) == (1, 0.9)
+
+
+def test_replay_buffer_with_other_n_step_returns_is_refused(tmp_path: pathlib.Path) -> None:
+    small_dipo(n_steps=3).save_replay_buffer(tmp_path / "three")
+    small_dipo().save_replay_buffer(tmp_path / "one")
+    model = small_dipo(n_steps=3)
+    own = model.replay_buffer
+    with pytest.raises(ValueError, match="`n_steps`"):
+        model.load_replay_buffer(tmp_path / "one")
+    assert model.replay_buffer is own
+    with pytest.raises(ValueError, match="`n_steps`"):
+        small_dipo().load_replay_buffer(tmp_path / "three")
+    with pytest.raises(ValueError, match="`gamma`"):
+        small_dipo(n_steps=3, gamma=0.5).load_replay_buffer(tmp_path / "three")
+    model.load_replay_buffer(tmp_path / "three")
+    assert model.replay_buffer is not own
+
+
+# ------------------------------------------------------------------------------------------------- parts of a model
+
+
+@pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
+def test_an_actor_is_saved_and_loaded_alone(actor: str, tmp_path: pathlib.Path) -> None:
+    model = small_dipo(policy_kwargs={"actor": actor})
+    model.actor.save(str(tmp_path / "actor.pth"))
+    loaded = type(model.actor).load(str(tmp_path / "actor.pth"), device="cpu")
+    observations = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    for deterministic in (True, False):
+        th.manual_seed(0)
+        expected, _ = model.predict(observations, deterministic=deterministic)
+        th.manual_seed(0)
+        assert np.array_equal(loaded.predict(observations, deterministic=deterministic)[0], expected)
+
+
+def test_samplers_of_some_uses_are_enough() -> None:
+    model = small_dipo(policy_kwargs={"samplers": {"evaluation": {"solver": "ddim", "num_inference_steps": 2}}})
+    assert model.policy.samplers["evaluation"]["solver"] == "ddim"
+    assert model.policy.samplers["behaviour"]["solver"] == "ddpm"
+
+
+def test_a_shorter_process_on_load_takes_all_its_steps(tmp_path: pathlib.Path) -> None:
+    """None, all steps, stays None when it is saved."""
+    model = small_dipo()
+    model.save(tmp_path / "model")
+    shorter = {**model.policy_kwargs, "num_train_timesteps": 3}
+    loaded = DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": shorter})
+    assert loaded.predict(np.zeros(3, dtype=np.float32))[0].shape == (2,)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_policy_can_be_traced() -> None:
+    model = small_dipo()
+    observations = th.zeros(1, 3)
+    traced = th.jit.trace(lambda obs: model.actor.mode(model.actor.extract_features(obs)), observations)
+    th.testing.assert_close(traced(observations + 1), model.actor(observations + 1, deterministic=True))

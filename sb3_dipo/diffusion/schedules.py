@@ -15,7 +15,6 @@ def cosine_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     The squared-cosine schedule of the authors' code, on its grid x_i = i (K + 1) / K, i = 0..K:
     ``f_i = cos((x_i / (K + 1) + 0.008) / 1.008 * pi / 2)^2``, ``beta_i = clip(1 - f_i / f_{i-1}, 0, 0.999)``.
     """
-    del horizon
     grid = th.linspace(0, 1, num_train_timesteps + 1, dtype=th.float64)
     remaining = th.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - remaining[1:] / remaining[:-1]).clamp(0, 0.999).float()
@@ -23,14 +22,12 @@ def cosine_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
 
 def vp_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     """The variance-preserving schedule: ``beta_i = 1 - exp(-0.1 / K - 0.5 (10 - 0.1) (2 i - 1) / K^2)``, i = 1..K."""
-    del horizon
     i = th.arange(1, num_train_timesteps + 1, dtype=th.float64)
     return (1 - th.exp(-0.1 / num_train_timesteps - 0.5 * (10 - 0.1) * (2 * i - 1) / num_train_timesteps**2)).float()
 
 
 def linear_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     """K values evenly spaced from 1e-4 to 2e-2."""
-    del horizon
     return th.linspace(1e-4, 2e-2, num_train_timesteps, dtype=th.float64).float()
 
 

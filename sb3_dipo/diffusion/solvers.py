@@ -111,7 +111,6 @@ def ddpm(schedule: NoiseSchedule, timesteps: Sequence[int], eta: float = 1.0) ->
     :param timesteps: descending indices into it
     :param eta: not used: ancestral sampling is DDIM with eta = 1
     """
-    del eta
     points = _grid(schedule, timesteps)
     rows = []
     for now, then in itertools.pairwise(points):
@@ -157,7 +156,6 @@ def dpmpp_2m(schedule: NoiseSchedule, timesteps: Sequence[int], eta: float = 0.0
     :param timesteps: descending indices into it
     :param eta: not used: the solver adds no noise
     """
-    del eta
     points = _grid(schedule, timesteps)
     rows = []
     for i, (now, then) in enumerate(itertools.pairwise(points)):
@@ -182,7 +180,6 @@ def exponential_integrator(schedule: NoiseSchedule, timesteps: Sequence[int], et
     :raises ValueError: if a step is so long that x is multiplied by less than -1, where the iteration diverges
         (h > log 3 far from the data; the cosine schedule's first step always is)
     """
-    del eta
     points = _grid(schedule, timesteps)
     rows = []
     for now, then in itertools.pairwise(points):
