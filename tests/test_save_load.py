@@ -567,7 +567,17 @@ def test_a_shorter_process_on_load_takes_all_its_steps(tmp_path: pathlib.Path) -
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_policy_can_be_traced() -> None:
+    """As SB3's documentation on exporting models does it."""
+
+    class Deterministic(th.nn.Module):
+        def __init__(self, policy: DIPOPolicy):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.policy(observations, deterministic=True)
+
     model = small_dipo()
-    observations = th.zeros(1, 3)
-    traced = th.jit.trace(lambda obs: model.actor.mode(model.actor.extract_features(obs)), observations)
-    th.testing.assert_close(traced(observations + 1), model.actor(observations + 1, deterministic=True))
+    traced = th.jit.trace(Deterministic(model.policy).eval(), th.zeros(1, 3))
+    observations = th.ones(1, 3)
+    th.testing.assert_close(traced(observations), model.policy(observations, deterministic=True))

@@ -66,6 +66,7 @@ class NoiseSchedule(nn.Module):
         betas = betas.detach().cpu()
         if betas.ndim != 1 or betas.numel() == 0 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"`betas` must be a non-empty vector of values between 0 and 1, not {betas}.")
+        self.num_train_timesteps = len(betas)
         self.betas = betas.double()
         self.alphas = (1 - betas).double()
         self.alphas_cumprod = th.cumprod(1 - betas, dim=0).double()
@@ -77,7 +78,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("sigma_t", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)
 
     def __len__(self) -> int:
-        return len(self.betas)
+        return self.num_train_timesteps
 
 
 def make_schedule(beta_schedule: str, num_train_timesteps: int, horizon: float | None = None) -> NoiseSchedule:
