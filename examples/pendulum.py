@@ -22,6 +22,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_dipo import DIPO
 
 EPISODES = 20
+EVERY = 1_000  # environment steps between evaluations
 EVALUATION_SEED = 1_000  # the same starts in every evaluation, of every seed
 COLUMNS = ("steps", "mean_return", "worst_return", "train_minutes")
 
@@ -49,7 +50,7 @@ class Evaluate(BaseCallback):
 
 def read_curve(path: Path) -> np.ndarray:
     """The curve's columns by name, one row per evaluation."""
-    return np.genfromtxt(path, delimiter=",", names=True)
+    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
 
 
 def draw(curves: dict[str, np.ndarray], path: Path, title: str) -> None:
@@ -79,7 +80,7 @@ def main() -> None:
     curves = {}
     for seed in args.seeds:
         path = args.folder / f"seed_{seed}.csv"
-        if not path.exists() or read_curve(path)["steps"].max(initial=0) < args.timesteps:
+        if not path.exists() or read_curve(path)["steps"].max(initial=0) <= args.timesteps - EVERY:
             model = DIPO(
                 "MlpPolicy",
                 "Pendulum-v1",
@@ -88,7 +89,7 @@ def main() -> None:
                 policy_kwargs={"num_train_timesteps": 20},
                 seed=seed,
             )
-            model.learn(args.timesteps, EveryNTimesteps(1_000, Evaluate(path)), log_interval=1_000, progress_bar=True)
+            model.learn(args.timesteps, EveryNTimesteps(EVERY, Evaluate(path)), log_interval=1_000, progress_bar=True)
         curves[f"seed {seed}"] = read_curve(path)
 
     persistence = "forgotten" if args.no_persist else "written back"

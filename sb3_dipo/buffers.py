@@ -107,6 +107,7 @@ class ImprovedActionsMixin:
         :param actions: in [-1, 1], (batch_size, action_dim)
         """
         values = actions.detach().cpu().numpy() if isinstance(actions, th.Tensor) else actions
+        rows, envs = np.asarray(rows), np.asarray(envs)
         kept = rows >= 0
         self.improved_actions[rows[kept], envs[kept]] = values[kept]
 

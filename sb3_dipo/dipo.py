@@ -242,7 +242,7 @@ class DIPO(OffPolicyAlgorithm):
         names = ("critic_loss", "actor_loss", "q_value", "improved_q_gain", "action_shift")
         for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/n_updates", self._n_updates)
 
     def _backward(self, loss: th.Tensor, optimizer: th.optim.Optimizer, name: str, undo: Callable[[], None]) -> None:
         """Leave the loss's clipped gradient in the optimizer's parameters; if it is not finite, undo the update and raise."""
