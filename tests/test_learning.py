@@ -1,5 +1,6 @@
 """DIPO learns: a small task to a threshold, and two equally good ways to act at once."""
 
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -102,6 +103,11 @@ def test_mlp_keeps_at_most_one_way(seed: int) -> None:
     assert min(shares_of_two_ways("mlp", seed)) < 0.05
 
 
-if __name__ == "__main__":  # how the threshold was measured
-    for seed in range(5):
-        print(seed, *(round(figure, 1) for figure in learn_pendulum(seed)), flush=True)
+if __name__ == "__main__":  # how the threshold and the README's figures were measured
+    if "ways" in sys.argv:
+        for actor in ("diffusion", "mlp"):
+            for seed in range(3):
+                print(actor, seed, *(f"{share:.1%}" for share in shares_of_two_ways(actor, seed)), flush=True)
+    else:
+        for seed in range(5):
+            print(seed, *(round(figure, 1) for figure in learn_pendulum(seed)), flush=True)
