@@ -414,11 +414,13 @@ class VAEActor(GenerativeActor):
 
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: z, (batch_size, latent_dim); standard normal where None
-        :param noise: not used
+        :param noise: the same: there is but one draw, and it may come by either name
         :param noise_scale: factor of z; the sampler's where None
         :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
+        if initial_noise is None:
+            initial_noise = noise
         if initial_noise is None:
             initial_noise = th.randn((features.shape[0], self.latent_dim), device=features.device)
         z = self._noise_scale(noise_scale, which) * initial_noise
@@ -486,13 +488,15 @@ class MLPActor(GenerativeActor):
         The regression's action + N(0, (noise_scale noise_std)^2 I).
 
         :param features: of the states, (batch_size, features_dim)
-        :param initial_noise: not used
+        :param initial_noise: the same as ``noise``: there is but one draw, and it may come by either name
         :param noise: (batch_size, action_dim); standard normal where None
         :param noise_scale: factor of ``noise_std``; the sampler's where None
         :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         actions = self.layers(features)
+        if noise is None:
+            noise = initial_noise
         if noise is None:
             noise = th.randn_like(actions)
         return (actions + self._noise_scale(noise_scale, which) * self.noise_std * noise).clamp(-1, 1)

@@ -224,6 +224,8 @@ def test_actors_of_the_ablation(golden: Golden, actor: str) -> None:
     with th.no_grad():
         features = agent.actor.extract_features(golden["obs"])
         assert_close(agent.actor.sample(features, **draws), golden[f"{actor}.sample.out"])
+        (drawn,) = draws.values()
+        assert_close(agent.actor.sample(features, noise=drawn), agent.actor.sample(features, initial_noise=drawn), atol=0.0)
         assert_close(agent.actor.mode(features), golden[f"{actor}.sample.mode"])
         loss_noise = golden[f"{actor}.loss.{'eps' if actor == 'vae' else 'noise'}"]
         loss = agent.actor.loss(features, golden["actions"], noise=loss_noise)
