@@ -69,7 +69,7 @@ def shares_of_two_ways(actor: str, seed: int) -> tuple[float, float]:
         "MlpPolicy",
         TwoWays(),
         learning_rate=3e-3,
-        learning_starts=3_000,
+        learning_starts=6_000,
         gradient_steps=2,
         batch_size=128,
         action_lr=0.02,
@@ -82,7 +82,7 @@ def shares_of_two_ways(actor: str, seed: int) -> tuple[float, float]:
         seed=seed,
         device="cpu",
     )
-    model.learn(4_000)
+    model.learn(7_000)
     actions, _ = model.predict(np.zeros((2_000, 1), np.float32))
     low, high = (float(np.mean(np.abs(actions - way) < 0.2)) for way in (-0.7, 0.7))
     with th.no_grad():  # whatever the actor does, the critic knows that both ways are better than the middle
