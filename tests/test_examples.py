@@ -1,5 +1,6 @@
 """The examples run, for a few updates, and write where they are told to."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,13 @@ def test_pendulum(tmp_path: Path) -> None:
     again = run("pendulum.py", *arguments, cwd=tmp_path)  # a finished seed is not run again: no progress bar, the same table
     assert again.startswith("| after") and printed.endswith(again)
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"seed_3.csv", "table.md", "curves.png"}
+
+
+@pytest.mark.slow
+def test_speed(tmp_path: Path) -> None:
+    arguments = ("--env", "Pendulum-v1", "--denoising-steps", "5", "--repeats", "2", "--threads", "1")
+    lines = run("speed.py", *arguments, cwd=tmp_path).splitlines()
+    assert "K = 5" in lines[0] and "1 threads" in lines[0]
+    for line, name in zip(lines[1:], ("update", "action"), strict=True):
+        assert re.fullmatch(rf"{name}: DIPO \d+\.\d ms, SAC \d+\.\d ms, ratio \d+\.\d", line)
+    assert not list(tmp_path.iterdir())
