@@ -1,0 +1,87 @@
+"""What Optuna tunes of DIPO in the RL Zoo: ``python -m rl_zoo3.train --algo dipo -optimize``."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optuna
+
+# rl_zoo3.hyperparams_opt is imported where it is needed: it registers this module while it is being imported itself.
+
+POLICY_PARAMS = ("num_train_timesteps", "beta_schedule", "solver", "num_inference_steps", "eta")
+HER_PARAMS = ("n_sampled_goal", "goal_selection_strategy")
+
+
+def sample_dipo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Suggest hyper-parameters; every combination is one that DIPO can be built with.
+
+    :param trial: the trial to ask
+    :param n_actions: not used
+    :param n_envs: not used
+    :param additional_args: ``using_her_replay_buffer``, and its arguments as ``her_kwargs``
+    :return: arguments of :class:`~sb3_dipo.DIPO`
+    """
+    params: dict[str, Any] = {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 9),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "train_freq": trial.suggest_int("train_freq", 1, 10),
+        "tau": trial.suggest_float("tau", 1e-3, 0.08, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
+        "action_lr": trial.suggest_float("action_lr", 3e-3, 0.3, log=True),
+        "action_gradient_steps": trial.suggest_int("action_gradient_steps", 1, 40, log=True),
+        "action_grad_norm_ratio": trial.suggest_float("action_grad_norm_ratio", 0.03, 1.0, log=True),
+        "persist_improved_actions": trial.suggest_categorical("persist_improved_actions", [True, False]),
+        "num_train_timesteps": trial.suggest_int("num_train_timesteps", 5, 100, log=True),
+        "beta_schedule": trial.suggest_categorical("beta_schedule", ["cosine", "vp", "linear", "ou"]),
+    }
+    # Optuna wants the same choices under the same name, and the exponential integrator can diverge on the other schedules
+    if params["beta_schedule"] == "ou":
+        solver = trial.suggest_categorical("ou_solver", ["ddpm", "ddim", "dpmpp_2m", "exponential_integrator"])
+        params["ou_solver"] = solver
+    else:
+        solver = trial.suggest_categorical("solver", ["ddpm", "ddim", "dpmpp_2m"])
+        params["solver"] = solver
+    if solver == "ddim":
+        params["eta"] = trial.suggest_float("eta", 0.0, 1.0)
+    if solver != "exponential_integrator":  # which can diverge if it leaves steps out
+        # a fraction of K, so that its range does not depend on another parameter
+        params["inference_fraction"] = trial.suggest_float("inference_fraction", 0.2, 1.0)
+
+    her_kwargs: dict[str, Any] = {}
+    if additional_args["using_her_replay_buffer"]:
+        from rl_zoo3.hyperparams_opt import sample_her_params
+
+        her_kwargs = sample_her_params(trial, {}, additional_args["her_kwargs"])["replay_buffer_kwargs"]
+        params.update({name: her_kwargs[name] for name in HER_PARAMS})
+
+    hyperparams = convert_dipo_params(params)
+    # the true values, for whoever reads the study
+    trial.set_user_attr("gamma", hyperparams["gamma"])
+    trial.set_user_attr("batch_size", hyperparams["batch_size"])
+    trial.set_user_attr("num_inference_steps", hyperparams["policy_kwargs"].get("num_inference_steps"))
+    if her_kwargs:
+        hyperparams["replay_buffer_kwargs"] = her_kwargs
+    return hyperparams
+
+
+def convert_dipo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn what a trial has suggested into arguments of DIPO: what ``--trial-id`` does. ``gradient_steps`` is ``train_freq``.
+
+    :param sampled_params: ``trial.params`` of :func:`sample_dipo_params`; not changed
+    :return: arguments of :class:`~sb3_dipo.DIPO`
+    """
+    from rl_zoo3.hyperparams_opt import convert_offpolicy_params
+
+    hyperparams = convert_offpolicy_params(sampled_params)
+    if "ou_solver" in hyperparams:
+        hyperparams["solver"] = hyperparams.pop("ou_solver")
+    if "inference_fraction" in hyperparams:
+        steps = round(hyperparams.pop("inference_fraction") * hyperparams["num_train_timesteps"])
+        hyperparams["num_inference_steps"] = max(1, steps)
+    policy_kwargs = {name: hyperparams.pop(name) for name in POLICY_PARAMS if name in hyperparams}
+    hyperparams["policy_kwargs"] = {**hyperparams["policy_kwargs"], **policy_kwargs}
+    if HER_PARAMS[0] in hyperparams:
+        hyperparams["replay_buffer_kwargs"] = {name: hyperparams.pop(name) for name in HER_PARAMS}
+    return hyperparams
