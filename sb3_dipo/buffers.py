@@ -4,17 +4,20 @@ Replay with two action columns: ``actions``, what the environment received, from
 learns. ``actions`` is never changed after ``add()``.
 """
 
+import math
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-# The arrays that SB3's buffers allocate at construction; nothing reads a row of them before it was written
+# The arrays that SB3's buffers allocate at construction, one row per step; none is read before it was written
 STORAGE = (
     "observations",
     "next_observations",
@@ -52,6 +55,7 @@ class ImprovedActionsMixin:
     Adds the column of improved actions to a replay buffer of SB3, and makes it allocate at the first ``add()``: an agent
     that is only loaded to act needs no memory. A subclass of its own finds no arrays in ``__init__``.
 
+    :param buffer_size: as SB3's class: transitions to hold, of all environments together
     :param args: as SB3's class
     :param kwargs: as SB3's class
     """
@@ -65,11 +69,14 @@ class ImprovedActionsMixin:
     actions: np.ndarray
     improved_actions: np.ndarray
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        # SB3 has checked the memory; its arrays, not touched so far, go until they are needed
-        pending = {name: _describe(vars(self).pop(name)) for name in STORAGE if name in vars(self)}
-        self._pending: dict[str, Any] | None = {**pending, "improved_actions": (pending["actions"][0], np.dtype(np.float32))}
+    def __init__(self, buffer_size: int, *args: Any, **kwargs: Any):
+        # SB3 allocates one row, which tells what the others will be
+        super().__init__(1, *args, **kwargs)  # type: ignore[call-arg]
+        self.buffer_size = max(buffer_size // self.n_envs, 1)
+        pending = {name: _describe(vars(self).pop(name), self.buffer_size) for name in STORAGE if name in vars(self)}
+        pending["improved_actions"] = (pending["actions"][0], np.dtype(np.float32))
+        _warn_if_memory_is_low(pending)
+        self._pending: dict[str, Any] | None = pending
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """Store a transition of each environment, as SB3; its improved actions start as the actions taken."""
@@ -135,10 +142,30 @@ class ImprovedActionsMixin:
         return self.to_torch(array)  # type: ignore[attr-defined]
 
 
-def _describe(value: Any) -> Any:
+def _describe(value: Any, rows: int) -> Any:
     if isinstance(value, dict):
-        return {key: _describe(array) for key, array in value.items()}
-    return value.shape, value.dtype
+        return {key: _describe(array, rows) for key, array in value.items()}
+    return (rows, *value.shape[1:]), value.dtype
+
+
+def _nbytes(description: Any) -> int:
+    if isinstance(description, dict):
+        return sum(map(_nbytes, description.values()))
+    shape, dtype = description
+    return math.prod(shape) * dtype.itemsize
+
+
+def _warn_if_memory_is_low(description: Any) -> None:
+    """SB3's warning, whose own sees one row."""
+    if sb3_buffers.psutil is None:
+        return
+    needed, available = _nbytes(description), sb3_buffers.psutil.virtual_memory().available
+    if needed > available:
+        warnings.warn(
+            "This system does not have apparently enough memory to store the complete "
+            f"replay buffer {needed / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+            stacklevel=3,
+        )
 
 
 def _allocate(description: Any) -> Any:
