@@ -48,3 +48,14 @@ def test_speed(tmp_path: Path) -> None:
     for line, name in zip(lines[1:], ("update", "action"), strict=True):
         assert re.fullmatch(rf"{name}: DIPO \d+\.\d ms, SAC \d+\.\d ms, ratio \d+\.\d", line)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_compare(tmp_path: Path) -> None:
+    assert len((ROOT / "examples" / "compare.py").read_text().splitlines()) <= 60
+    printed = run("compare.py", "--timesteps", "1005", "--seeds", "0", "--folder", "here", cwd=tmp_path)
+    for name in ("DIPO", "SAC", "TD3"):
+        assert re.search(rf"^{name}: -\d+\.\d after 1,000 steps$", printed, flags=re.MULTILINE)
+        assert (tmp_path / "here" / name.lower() / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
+    assert (tmp_path / "here" / "curves.png").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"here"}

@@ -47,7 +47,7 @@ def _extend(manager: Any) -> None:
     read_hyperparameters, preprocess_schedules = manager.read_hyperparameters, manager._preprocess_schedules
 
     def read_ours_by_default(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.algo == ALGO and _is_missing_default(self.config):
+        if _is_missing_default(self.config):
             self.config = str(importlib.resources.files("sb3_dipo.hyperparams") / f"{ALGO}.yml")
         return read_hyperparameters(self)
 

@@ -69,6 +69,9 @@ def convert_dipo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     Turn what a trial has suggested into arguments of DIPO: what ``--trial-id`` does. ``gradient_steps`` is ``train_freq``.
 
+    With HER, the zoo puts the result's ``replay_buffer_kwargs`` in the place of the YAML's: give others, such as
+    ``copy_info_dict``, by ``-params`` again.
+
     :param sampled_params: ``trial.params`` of :func:`sample_dipo_params`; not changed
     :return: arguments of :class:`~sb3_dipo.DIPO`
     """

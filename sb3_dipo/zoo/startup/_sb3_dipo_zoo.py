@@ -56,11 +56,13 @@ class Finder:
 
     def _give_up(self, error: Exception) -> None:
         """Whatever is wrong with sb3_dipo, rl_zoo3 works without it: warn once, and wait no longer."""
+        if self not in sys.meta_path:  # given up already, while sb3_dipo was importing rl_zoo3 itself
+            return
         import warnings
 
         sys.meta_path.remove(self)
         warnings.warn(
-            f"sb3_dipo could not be registered with rl_zoo3, which goes on without `--algo dipo` "
+            f"sb3_dipo could not be registered with rl_zoo3, where `--algo dipo` will not work "
             f"({type(error).__name__}: {error}). Set SB3_DIPO_ZOO=0 to switch this off.",
             RuntimeWarning,
             stacklevel=2,
