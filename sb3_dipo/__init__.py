@@ -3,6 +3,7 @@
 from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.actors import DiffusionActor, MLPActor, VAEActor
 from sb3_dipo.buffers import DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo.checkpoint import ExactCheckpointCallback, load_checkpoint, save_checkpoint
 from sb3_dipo.dipo import DIPO
 from sb3_dipo.guard import NonFiniteLossError
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
@@ -18,6 +19,7 @@ __all__ = [
     "DIPOPolicy",
     "DIPOReplayBuffer",
     "DiffusionActor",
+    "ExactCheckpointCallback",
     "MLPActor",
     "MlpPolicy",
     "MultiInputPolicy",
@@ -25,4 +27,6 @@ __all__ = [
     "VAEActor",
     "__version__",
     "improve_actions",
+    "load_checkpoint",
+    "save_checkpoint",
 ]

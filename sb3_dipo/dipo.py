@@ -1,5 +1,6 @@
 """DIPO: online reinforcement learning with a diffusion policy (Yang et al. 2023, https://arxiv.org/abs/2305.13122)."""
 
+import copy
 import io
 import math
 import pathlib
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -347,7 +349,8 @@ class DIPO(OffPolicyAlgorithm):
         return learning_rate, check_float("qf_learning_rate", self.qf_lr_schedule(progress_remaining))
 
     def _update_learning_rates(self) -> None:
-        learning_rate, qf_learning_rate = self._current_learning_rates(self._current_progress_remaining)
+        # the last rollout may end after the last step
+        learning_rate, qf_learning_rate = self._current_learning_rates(max(0.0, self._current_progress_remaining))
         update_learning_rate(self.actor.optimizer, learning_rate)
         update_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
@@ -386,6 +389,22 @@ class DIPO(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        # SB3 resets the action noise, even in the middle of an episode that goes on
+        episode_goes_on = not reset_num_timesteps and self._last_obs is not None
+        action_noise = copy.deepcopy(self.action_noise) if episode_goes_on else None
+        prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if type(action_noise) is type(self.action_noise):
+            self.action_noise = action_noise
+        return prepared
 
     def _warn_if_nothing_is_learned(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
         start = 0 if reset_num_timesteps else self.num_timesteps

@@ -29,7 +29,7 @@ def register(module: ModuleType) -> None:
     ``rl_zoo3.exp_manager`` the default hyper-parameters and schedules for ``qf_learning_rate``.
 
     :param module: one of :data:`MODULES`; of another nothing is changed
-    :raises AttributeError: if the module is not as rl_zoo3 2.7 to 2.9 have it
+    :raises AttributeError: if the module is not as rl_zoo3 2.9.2 has it
     """
     if module.__name__ == "rl_zoo3.utils":
         module.ALGOS[ALGO] = DIPO
