@@ -2,14 +2,16 @@
 # only when one of the files that describe the package has changed. To start afresh: rm -rf .venv
 #
 #     make test PYTHON=python3.12                     another interpreter (takes effect when .venv is made)
-#     make train ARGS="--env Hopper-v5 --seed 1"      options of examples/train.py
+#     make train ENV=Hopper-v5 ARGS="--seed 1"        another task, at its full budget; options of rl_zoo3.train
 
 PYTHON ?= python3
-ARGS ?=
+ENV ?= Pendulum-v1
+# Enough for Pendulum-v1, which has 20,000 steps in hyperparams/dipo.yml.
+ARGS ?= $(if $(filter Pendulum-v1,$(ENV)),--n-timesteps 6000 --seed 0) --eval-freq 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
-DESCRIPTION := setup.cfg pyproject.toml constraints.txt $(wildcard setup.py)
+DESCRIPTION := setup.cfg setup.py pyproject.toml constraints.txt $(wildcard sb3_dipo/zoo/startup/*)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -18,19 +20,20 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --co
 unexport PYTHONPATH PYTHONHOME
 
 help:
-	@echo "make train    train DIPO on a MuJoCo task and show what it learned (ARGS=\"--help\" lists the options)"
+	@echo "make train    train DIPO through the RL Zoo, then play what it learned (ARGS=\"--help\" lists the options)"
 	@echo "make test     lint, check the format and the types, run the tests"
 	@echo "make format   format the code and sort the imports"
 	@echo "make clean    remove caches and build leftovers; .venv and runs stay"
 
 train: $(VENV)/.installed
-	$(BIN)/python examples/train.py $(ARGS)
+	$(BIN)/python -m rl_zoo3.train --algo dipo --env $(ENV) --log-folder runs $(ARGS)
+	$(BIN)/python -m rl_zoo3.enjoy --algo dipo --env $(ENV) --folder runs --no-render --n-timesteps 4000
 
 test: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --cov
 
 format: $(VENV)/.installed-tests
 	$(BIN)/ruff check --fix .
@@ -57,10 +60,10 @@ $(VENV)/.torch: constraints.txt | $(BIN)/pip
 
 $(VENV)/.installed: $(DESCRIPTION) | $(VENV)/.torch
 	@echo "Installing sb3_dipo into $(VENV) ..."
-	@$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable '.[zoo]'
 	@touch $@
 
 $(VENV)/.installed-tests: $(DESCRIPTION) | $(VENV)/.torch
 	@echo "Installing sb3_dipo and its test tools into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[tests]'
+	@$(PIP_INSTALL) --editable '.[zoo,box2d,export,plots,tests]'
 	@touch $@ $(VENV)/.installed
