@@ -77,8 +77,11 @@ def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) 
     path = folder / f"{PREFIX}{max([0, *map(_sequence, _directories(folder))]) + 1:06d}"
     try:
         path.mkdir(parents=True)
-        model.save(path / "model.zip")
-        model.save_replay_buffer(path / "replay_buffer.pkl")
+        # opened here, as SB3 leaves open what it could not write
+        with (path / "model.zip").open("wb") as file:
+            model.save(file)
+        with (path / "replay_buffer.pkl").open("wb") as file:
+            model.save_replay_buffer(file)
         vec_normalize = unwrap_vec_normalize(model.env)
         if vec_normalize is not None:
             vec_normalize.save(str(path / "vecnormalize.pkl"))
@@ -90,7 +93,7 @@ def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) 
             "stable_baselines3": stable_baselines3.__version__,
             "torch": th.__version__,
             "num_timesteps": model.num_timesteps,
-            "files": {file.name: _checksum(file) for file in sorted(path.iterdir())},
+            "files": {written.name: _checksum(written) for written in sorted(path.iterdir())},
         }
         unfinished = path / f"{MANIFEST}.unfinished"
         unfinished.write_text(json.dumps(manifest, indent=1))

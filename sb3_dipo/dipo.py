@@ -279,11 +279,19 @@ class DIPO(OffPolicyAlgorithm):
                 self.policy.set_sampler(use, **settings)
         update_learning_rate(self.policy.critic.optimizer, self.qf_lr_schedule(1))
         self._create_aliases()
+        self._find_statistics()
+
+    def _find_statistics(self) -> None:
         # Running statistics of batch normalisation, which no Polyak update of parameters reaches
         self._actor_statistics = get_parameters_by_name(self.actor, ["running_"])
         self._actor_target_statistics = get_parameters_by_name(self.actor_target, ["running_"])
         self._critic_statistics = get_parameters_by_name(self.critic, ["running_"])
         self._critic_target_statistics = get_parameters_by_name(self.critic_target, ["running_"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "policy" in state:  # pickle has made copies of the statistics that are no longer the networks' own
+            self._find_statistics()
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor

@@ -1,5 +1,6 @@
 """Training leaves the interpreter as it was: torch, NumPy, warnings, logging, signals, threads. As SAC, or better."""
 
+import random
 import subprocess
 import sys
 import textwrap
@@ -109,7 +110,9 @@ def test_gradients_stay_switched_on_or_off(algorithm: type[Any], seed: int | Non
 def test_global_generators_are_left_where_an_agent_has_no_seed() -> None:
     """Building an agent without a seed does not set one: two of them differ, and Python's own generator is not touched."""
     for algorithm in ALGORITHMS:
+        before = random.getstate()
         first, second = (small(algorithm, seed=None) for _ in range(2))
+        assert random.getstate() == before
         weights = [next(iter(model.actor.parameters())) for model in (first, second)]
         assert not th.equal(*weights)
 

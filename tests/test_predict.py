@@ -185,10 +185,7 @@ def test_copies_of_agents_without_environment(algorithm: type[Any], how: str, sp
     copied.learn(14)
 
 
-NOT_YET = pytest.mark.xfail(reason="pickled, the lists of statistics no longer share the networks' memory; SAC's neither")
-
-
-@pytest.mark.parametrize("how", ["deepcopy", *(pytest.param(how, marks=NOT_YET) for how in ("pickle", "cloudpickle"))])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "cloudpickle"])
 def test_copies_keep_their_running_statistics(how: str) -> None:
     """The targets of a copy go on following what it has learned of its observations."""
     model = small(DIPO, policy_kwargs={"features_extractor_class": BatchNormExtractor})
