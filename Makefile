@@ -20,14 +20,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --co
 unexport PYTHONPATH PYTHONHOME
 
 help:
-	@echo "make train    train DIPO through the RL Zoo, then play what it learned (ARGS=\"--help\" lists the options)"
+	@echo "make train    train DIPO through the RL Zoo, then play the best that it found (ARGS=\"--help\" lists the options)"
 	@echo "make test     lint, check the format and the types, run the tests"
 	@echo "make format   format the code and sort the imports"
 	@echo "make clean    remove caches and build leftovers; .venv and runs stay"
 
 train: $(VENV)/.installed
 	$(BIN)/python -m rl_zoo3.train --algo dipo --env $(ENV) --log-folder runs $(ARGS)
-	$(BIN)/python -m rl_zoo3.enjoy --algo dipo --env $(ENV) --folder runs --no-render --n-timesteps 4000
+	$(BIN)/python -m rl_zoo3.enjoy --algo dipo --env $(ENV) --folder runs --no-render --n-timesteps 4000 --load-best
 
 test: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
