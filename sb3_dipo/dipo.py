@@ -318,6 +318,11 @@ class DIPO(OffPolicyAlgorithm):
         )
 
     def _check_arguments(self) -> None:
+        if not issubclass(self.policy_class, DIPOPolicy):  # of a file, too
+            raise ValueError(
+                f"`policy` must be {', '.join(map(repr, self.policy_aliases))} or a subclass of DIPOPolicy, not "
+                f"{self.policy_class.__name__}. A model can be loaded only by the algorithm that saved it."
+            )
         self.buffer_size = check_int("buffer_size", self.buffer_size, 1)
         self.learning_starts = check_int("learning_starts", self.learning_starts, 0)
         self.batch_size = check_int("batch_size", self.batch_size, 1)

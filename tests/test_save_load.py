@@ -17,8 +17,10 @@ import pytest
 import torch as th
 from envs import TinyEnv, differences, everything_learned, goal_envs, small_dipo, tiny_envs
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_dipo import DIPO, CnnPolicy, DIPONStepReplayBuffer, DIPOPolicy, MultiInputPolicy
 
@@ -581,3 +583,11 @@ def test_policy_can_be_traced() -> None:
     traced = th.jit.trace(Deterministic(model.policy).eval(), th.zeros(1, 3))
     observations = th.ones(1, 3)
     th.testing.assert_close(traced(observations), model.policy(observations, deterministic=True))
+
+
+def test_a_file_of_another_algorithm_is_an_error(tmp_path: pathlib.Path) -> None:
+    SAC("MlpPolicy", TinyEnv(), buffer_size=10, policy_kwargs={"net_arch": [8]}, device="cpu").save(tmp_path / "sac")
+    with pytest.raises(ValueError, match=r"subclass of DIPOPolicy, not SACPolicy.*loaded only by the algorithm that saved it"):
+        DIPO.load(tmp_path / "sac")
+    with pytest.raises(ValueError, match="subclass of DIPOPolicy, not SACPolicy"):
+        DIPO(SACPolicy, TinyEnv())  # type: ignore[arg-type]
