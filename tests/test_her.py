@@ -9,7 +9,7 @@ from both import ALGORITHMS, both, error_of, mode, reward_of, silent, small
 from envs import GoalEnv, TinyEnv, goal_envs
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_dipo import DIPO
@@ -129,3 +129,11 @@ def test_errors_are_those_of_sac() -> None:
     for error in (before_the_first_episode, without_goals):
         ours, theirs = (error(algorithm) for algorithm in ALGORITHMS)
         assert ours == theirs != ""
+
+
+@both
+def test_environments_in_other_processes(algorithm: type[Any]) -> None:
+    env = SubprocVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True)] * 2)
+    model = small(algorithm, env, **HER).learn(40)
+    env.close()
+    assert model._n_updates > 0 and model.replay_buffer.infos.shape[1] == 2

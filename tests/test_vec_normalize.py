@@ -226,3 +226,18 @@ def test_statistics_can_be_shared_with_another_environment(algorithm: type[Any])
     model.learn(20, reset_num_timesteps=False)
     np.testing.assert_array_equal(other.obs_rms.mean, mean)
     assert model._vec_normalize_env is other
+
+
+def test_memory_efficient_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next observations, which are those of the next row, are normalised once, too."""
+    memory = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    model = silent(small(DIPO, normalized(), **memory)).learn(40)
+    drawn = minibatches(model, monkeypatch)
+    model.train(1, 8)
+    for observations in (
+        drawn["sample"].observations,
+        drawn["sample"].next_observations,
+        drawn["sample_improved"].observations,
+    ):
+        assert observations.abs().max() < 10  # raw ones are between 40 and 60
+    assert model.replay_buffer.observations[: model.replay_buffer.pos].min() >= 40
