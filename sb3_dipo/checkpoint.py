@@ -120,7 +120,7 @@ def load_checkpoint(
     **kwargs: Any,
 ) -> DIPO:
     """
-    Load the newest whole checkpoint; ``learn(total - model.num_timesteps, reset_num_timesteps=False)`` then goes on.
+    Load the newest whole checkpoint; ``learn(max(0, total - model.num_timesteps), reset_num_timesteps=False)`` goes on.
 
     On the CPU it goes on to the bit as if it had never stopped, if the environment gives and takes its state (see
     :func:`save_checkpoint`); with any other, from the start of an episode. It sets the states of the process's random
