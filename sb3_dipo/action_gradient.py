@@ -38,9 +38,9 @@ def improve_actions(
             climber = actions.requires_grad_()
             (gradient,) = th.autograd.grad(q_fn(climber).sum(), climber)
         with th.no_grad():
-            gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-            first_moment = first_moment.lerp(gradient, 1 - beta1)
-            second_moment = beta2 * second_moment + (1 - beta2) * gradient * gradient
-            denominator = (second_moment / (1 - beta2**step)).sqrt() + ADAM_EPS
-            actions = (actions + (action_lr / (1 - beta1**step)) * first_moment / denominator).clamp(-1, 1)
+            gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0)
+            first_moment.lerp_(gradient, 1 - beta1)
+            second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            denominator = (second_moment / (1 - beta2**step)).sqrt_().add_(ADAM_EPS)
+            actions = th.addcdiv(actions, first_moment, denominator, value=action_lr / (1 - beta1**step)).clamp_(-1, 1)
     return actions.detach()

@@ -18,17 +18,18 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_dipo.arithmetic import INFERENCE_DTYPES, choose_arithmetic
 from sb3_dipo.checks import check_choice, check_float, check_int
 from sb3_dipo.diffusion.process import denoising_loss, sample
 from sb3_dipo.diffusion.schedules import MAX_HORIZON, MIN_HORIZON, SCHEDULES, make_schedule
-from sb3_dipo.diffusion.solvers import SOLVERS, SolverTable, time_grid
+from sb3_dipo.diffusion.solvers import SOLVERS, SPACINGS, SolverTable
 from sb3_dipo.networks import NoisePredictionNetwork, init_weights, make_mlp
 
 SAMPLER_USES = ("behaviour", "target", "evaluation")
 """What a policy samples for: acting, TD targets, and ``deterministic=True``."""
 
 SamplerSettings = dict[str, Any]
-"""How an actor samples for one use: ``noise_scale``, and for diffusion ``solver``, ``num_inference_steps``, ``eta``."""
+"""How an actor samples for one use: ``noise_scale``, and for diffusion the other :attr:`DiffusionActor.sampler_options`."""
 
 
 class GenerativeActor(BasePolicy, ABC):
@@ -49,6 +50,8 @@ class GenerativeActor(BasePolicy, ABC):
     """
 
     features_extractor: BaseFeaturesExtractor
+    accelerate = "auto"
+    """How :meth:`sample` computes, see :func:`sb3_dipo.arithmetic.choose_arithmetic`."""
     options: ClassVar[tuple[str, ...]]
     """The actor's own arguments: what ``policy_kwargs`` may set."""
     sampler_options: ClassVar[tuple[str, ...]] = ("noise_scale",)
@@ -211,10 +214,14 @@ class DiffusionActor(GenerativeActor):
     :param solver: ``"ddpm"`` (the authors' sampler), ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"`` (the paper's
         Algorithm 1), see :mod:`sb3_dipo.diffusion.solvers`
     :param num_inference_steps: steps really taken when sampling, between 1 and K; None is all K
+    :param timestep_spacing: which of the K steps those are, if fewer: ``"linspace"``, evenly spread, or ``"lambda"``, evenly
+        in log signal-to-noise, without the steps that have hardly any signal: for few steps of ``"dpmpp_2m"`` or ``"ddim"``
     :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``; must be 0 for the others
     :param noise_scale: factor of the noise added on the way, at least 0; the paper's 1
     :param clip_sample: clip the predicted clean action to the box at every step, as the authors do; the result always is
     :param time_embed_dim: size of the timestep embedding, even, at least 4; the paper's 32
+    :param inference_dtype: ``"float32"``, or ``"bfloat16"`` to round both sides of the products between hidden layers in the
+        reverse process and in the action gradient, where weights take no gradient: faster, and actions differ a little
     :param kwargs: as :class:`GenerativeActor`
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
@@ -225,12 +232,14 @@ class DiffusionActor(GenerativeActor):
         "horizon",
         "solver",
         "num_inference_steps",
+        "timestep_spacing",
         "eta",
         "noise_scale",
         "clip_sample",
         "time_embed_dim",
+        "inference_dtype",
     )
-    sampler_options = ("solver", "num_inference_steps", "eta", "noise_scale")
+    sampler_options = ("solver", "num_inference_steps", "timestep_spacing", "eta", "noise_scale")
 
     latent: th.Tensor
 
@@ -242,10 +251,12 @@ class DiffusionActor(GenerativeActor):
         horizon: float | None = None,
         solver: str = "ddpm",
         num_inference_steps: int | None = None,
+        timestep_spacing: str = "linspace",
         eta: float = 0.0,
         noise_scale: float = 1.0,
         clip_sample: bool = True,
         time_embed_dim: int = 32,
+        inference_dtype: str = "float32",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -264,11 +275,13 @@ class DiffusionActor(GenerativeActor):
         self.horizon = horizon
         self.clip_sample = clip_sample
         self.time_embed_dim = time_embed_dim
+        self.inference_dtype = check_choice("inference_dtype", inference_dtype, INFERENCE_DTYPES)
         self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
-        self._tables: dict[tuple[str, int, float], tuple[SolverTable, th.Tensor]] = {}
+        self._tables: dict[tuple[str, int, str, float], tuple[SolverTable, th.Tensor]] = {}
         self._init_samplers(
             solver=solver,
             num_inference_steps=num_inference_steps,
+            timestep_spacing=timestep_spacing,
             eta=eta,
             noise_scale=noise_scale,
         )
@@ -281,6 +294,7 @@ class DiffusionActor(GenerativeActor):
     def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
         settings = super().check_sampler(settings)
         check_choice("solver", settings["solver"], SOLVERS)
+        check_choice("timestep_spacing", settings["timestep_spacing"], SPACINGS)
         if settings["num_inference_steps"] is not None:
             settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
         settings["eta"] = check_float("eta", settings["eta"], maximum=1.0)
@@ -299,9 +313,9 @@ class DiffusionActor(GenerativeActor):
     def _table(self, settings: SamplerSettings) -> tuple[SolverTable, th.Tensor]:
         """The solver's coefficients, and its timesteps as a tensor on the actor's device."""
         num_inference_steps = settings["num_inference_steps"] or len(self.schedule)
-        key = (settings["solver"], num_inference_steps, settings["eta"])
+        key = (settings["solver"], num_inference_steps, settings["timestep_spacing"], settings["eta"])
         if key not in self._tables or self._tables[key][1].device != self.schedule.alpha_t.device:
-            grid = time_grid(len(self.schedule), num_inference_steps)
+            grid = SPACINGS[settings["timestep_spacing"]](self.schedule, num_inference_steps)
             table = SOLVERS[settings["solver"]](self.schedule, grid, settings["eta"])
             self._tables[key] = table, th.tensor(grid, device=self.schedule.alpha_t.device)
         return self._tables[key]
@@ -336,7 +350,12 @@ class DiffusionActor(GenerativeActor):
             noise = th.randn((len(table.steps), *shape), device=features.device)
         if noise is not None and noise_scale != 1:
             noise = noise_scale * noise
-        predict_noise = self.noise_network.bind(features, timesteps)
+        arithmetic = choose_arithmetic(features, self.accelerate, self.inference_dtype)
+        predict_noise = self.noise_network.bind(features, timesteps, arithmetic)
+        mlp, constants = predict_noise.mlp, predict_noise.constants
+        if arithmetic.kernels is not None and mlp.is_mish and constants is not None:
+            kernel = arithmetic.kernels.sample
+            return kernel(table, constants, mlp.on_x, mlp.layers, initial_noise, noise, self.clip_sample)
         return sample(table, predict_noise, initial_noise, noise, self.clip_sample)
 
     def mode(self, features: th.Tensor) -> th.Tensor:

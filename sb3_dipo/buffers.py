@@ -41,13 +41,14 @@ class ImprovedSamples(NamedTuple):
     A minibatch for the action gradient and the actor.
 
     ``observations``: (batch_size, ...), or a dict of such; ``improved_actions``: in [-1, 1], (batch_size, action_dim);
-    ``rows`` and ``envs``: where each came from, (batch_size,), int64 arrays; a row of -1 is not to be written back.
+    ``rows`` and ``envs``: where each came from, (batch_size,), int64 arrays, or tensors where storage is on the device; a
+    row of -1 is not to be written back.
     """
 
     observations: th.Tensor | TensorDict
     improved_actions: th.Tensor
-    rows: np.ndarray
-    envs: np.ndarray
+    rows: Any
+    envs: Any
 
 
 class ImprovedActionsMixin:
@@ -75,14 +76,14 @@ class ImprovedActionsMixin:
         self.buffer_size = max(buffer_size // self.n_envs, 1)
         pending = {name: _describe(vars(self).pop(name), self.buffer_size) for name in STORAGE if name in vars(self)}
         pending["improved_actions"] = (pending["actions"][0], np.dtype(np.float32))
-        _warn_if_memory_is_low(pending)
+        if self._storage_device().type == "cpu":
+            _warn_if_memory_is_low(pending)
         self._pending: dict[str, Any] | None = pending
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """Store a transition of each environment, as SB3; its improved actions start as the actions taken."""
         if self._pending is not None:
-            vars(self).update({name: _allocate(description) for name, description in self._pending.items()})
-            self._pending = None
+            self._make_storage()
         row = self.pos
         super().add(*args, **kwargs)  # type: ignore[misc]
         self.improved_actions[row] = self.actions[row]
@@ -117,6 +118,23 @@ class ImprovedActionsMixin:
         rows, envs = np.asarray(rows), np.asarray(envs)
         kept = rows >= 0
         self.improved_actions[rows[kept], envs[kept]] = values[kept]
+
+    def refresh_statistics(self, env: VecNormalize | None) -> None:
+        """
+        Take the normalisation's statistics as they are now, for the minibatches to come. Here there is nothing to do:
+        minibatches are normalised on the host, with those of the moment.
+
+        :param env: as :meth:`sample` is given
+        """
+
+    def _storage_device(self) -> th.device:
+        """Whose memory holds the arrays."""
+        return th.device("cpu")
+
+    def _make_storage(self) -> None:
+        assert self._pending is not None
+        vars(self).update({name: _allocate(description) for name, description in self._pending.items()})
+        self._pending = None
 
     def _draw_places(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         if self.optimize_memory_usage and self.full:

@@ -5,7 +5,6 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -15,18 +14,31 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
+from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch.nn import functional as F
 
+from sb3_dipo.accelerate import CudaGraphs, keep_freed_memory, move_towards, prepare_optimizer, set_learning_rate
 from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.actors import GenerativeActor, SamplerSettings
-from sb3_dipo.buffers import ImprovedActionsMixin, resolve_replay_buffer, with_improved_actions
+from sb3_dipo.buffers import DIPOReplayBuffer, ImprovedActionsMixin, ImprovedSamples, resolve_replay_buffer
 from sb3_dipo.checks import check_choice, check_float, check_int
-from sb3_dipo.guard import NonFiniteLossError, remember
+from sb3_dipo.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
+from sb3_dipo.guard import NonFiniteLossError, remember, step_if
+from sb3_dipo.kernels import KernelError, load_kernels
 from sb3_dipo.networks import CriticEnsemble
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
+
+REPORTED = ("critic_loss", "actor_loss", "q_value", "improved_q_gain", "action_shift", "critic_grad_norm", "actor_grad_norm")
+"""What an update tells of itself; the first five are logged."""
 
 SelfDIPO = TypeVar("SelfDIPO", bound="DIPO")
 
@@ -71,8 +83,8 @@ class DIPO(OffPolicyAlgorithm):
     :param actor_target_update_interval: the actor's target moves in the updates 0, n, 2n, ...; at least 1. Table 3: 1
         (HalfCheetah 2)
     :param qf_learning_rate: step size of Adam for the critics, or a schedule; that of the actor where None
-    :param accelerate: a request: ``"auto"``, ``"cudagraphs"``, ``"compile"`` or ``"off"``. This version has the plain path
-        only, which is what each of them runs
+    :param accelerate: a request, resolved on the device at hand: ``"auto"``, on a GPU CUDA graphs and on the CPU the fastest
+        operators of PyTorch; ``"cudagraphs"``; ``"compile"``, kernels that a compiler makes first; ``"off"``, the plain path
     :param stats_window_size: number of episodes over which rollout statistics are averaged
     :param tensorboard_log: folder for TensorBoard; no logging where None
     :param policy_kwargs: arguments of the policy, see :class:`~sb3_dipo.policies.DIPOPolicy`: ``actor``, ``net_arch``, and
@@ -180,86 +192,146 @@ class DIPO(OffPolicyAlgorithm):
         :raises NonFiniteLossError: if a loss is not finite; weights, targets and stored actions are then those before the
             update that met it
         """
-        assert isinstance(self.replay_buffer, ImprovedActionsMixin) and isinstance(self.replay_buffer, ReplayBuffer)
+        assert isinstance(self.replay_buffer, ImprovedActionsMixin)
         self.policy.set_training_mode(True)
         self._update_learning_rates()
+        self.replay_buffer.refresh_statistics(self._vec_normalize_env)
+        self._healthy.fill_(True)
 
-        metrics = []
+        reports = []
         for _ in range(gradient_steps):
-            # a loss that is not finite must leave no trace
-            undo = remember([self.actor, self.critic], [self.critic.optimizer])
+            move_actor_target = (self._n_updates + len(reports)) % self.actor_target_update_interval == 0
+            reports.append(self._run_update(batch_size, move_actor_target))
+            if self.device.type == "cpu" and not self._healthy:  # elsewhere, reading the flag would wait for the device
+                break
+        if reports:
+            self._finish_updates(th.stack(reports))
 
-            # Critic: temporal difference on the actions taken, the target's from the target policy
-            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
-            with th.no_grad():
-                next_features = self.actor_target.extract_features(replay_data.next_observations)
-                next_actions = self.actor_target.sample(next_features)
-                next_q_values = self.critic_target.min_q(replay_data.next_observations, next_actions)
-                target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+    def _update(
+        self, replay_data: ReplayBufferSamples, batch: ImprovedSamples, move_actor_target: bool
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        One update, given its two minibatches. It waits for no device, so that it can be captured in a CUDA graph. After a
+        loss that is not finite, it and those after it change nothing.
 
-            current_q_values = self.critic(replay_data.observations, replay_data.actions)
-            critic_loss = th.stack([F.mse_loss(q_values, target_q_values) for q_values in current_q_values]).sum()
+        :return: the numbers of :data:`REPORTED`, and the improved actions, (batch_size, action_dim)
+        """
+        undo_unless = remember([*self.critic.state_dict().values(), *self.actor.buffers()], self.critic.optimizer)
 
-            self._backward(critic_loss, self.critic.optimizer, "critic_loss", undo)
-            self.critic.optimizer.step()
+        # Critic: temporal difference on the actions taken, the target's from the target policy
+        discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+        with th.no_grad():
+            next_features = self.actor_target.extract_features(replay_data.next_observations)
+            next_actions = self.actor_target.sample(next_features)
+            next_q_values = self.critic_target.min_q(replay_data.next_observations, next_actions)
+            target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
-            # Action gradient (15): an independent minibatch of replayed actions climbs min_i Q_i
-            batch = self.replay_buffer.sample_improved(batch_size, self._vec_normalize_env)
-            q_fn = self.critic.bind(batch.observations)
-            improved_actions = improve_actions(
-                q_fn,
-                batch.improved_actions,
-                action_lr=self.action_lr,
-                action_gradient_steps=self.action_gradient_steps,
-                action_grad_norm_ratio=self.action_grad_norm_ratio,
-            )
-            with th.no_grad():
-                improved_q_gain = (q_fn(improved_actions) - q_fn(batch.improved_actions)).mean()
+        current_q_values = self.critic(replay_data.observations, replay_data.actions)
+        critic_loss = th.stack([F.mse_loss(q_values, target_q_values) for q_values in current_q_values]).sum()
+        critic_grad_norm = self._step(self.critic.optimizer, critic_loss)
 
-            # Actor: the denoising loss (11) on the improved actions
-            features = self.actor.extract_features(batch.observations)
-            actor_loss = self.actor.loss(features, improved_actions)
-            self._backward(actor_loss, self.actor.optimizer, "actor_loss", undo)
-            self.actor.optimizer.step()
-
-            # Write-back: the improved actions take their places in the replay data; `actions` are never touched
-            if self.persist_improved_actions:
-                self.replay_buffer.update_improved(batch.rows, batch.envs, improved_actions)
-
-            # Targets
-            if self._n_updates % self.actor_target_update_interval == 0:
-                polyak_update(self.actor.own_parameters(), self.actor_target.own_parameters(), self.tau)
-                polyak_update(self._actor_statistics, self._actor_target_statistics, 1.0)
-            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-            polyak_update(self._critic_statistics, self._critic_target_statistics, 1.0)
-
-            self._n_updates += 1
+        # Action gradient (15): an independent minibatch of replayed actions climbs min_i Q_i
+        q_fn = self.critic.bind(batch.observations)
+        improved_actions = improve_actions(
+            q_fn,
+            batch.improved_actions,
+            action_lr=self.action_lr,
+            action_gradient_steps=self.action_gradient_steps,
+            action_grad_norm_ratio=self.action_grad_norm_ratio,
+        )
+        with th.no_grad():
+            improved_q_gain = (q_fn(improved_actions) - q_fn(batch.improved_actions)).mean()
             action_shift = (improved_actions - batch.improved_actions).norm(dim=1).mean()
-            q_value = th.cat(current_q_values, dim=1).mean()
-            metrics.append(th.stack([critic_loss, actor_loss, q_value, improved_q_gain, action_shift]).detach())
 
-        if not metrics:
-            return
-        names = ("critic_loss", "actor_loss", "q_value", "improved_q_gain", "action_shift")
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
-            self.logger.record(f"train/{name}", value)
-        self.logger.record("train/n_updates", self._n_updates)
+        # Actor: the denoising loss (11) on the improved actions
+        features = self.actor.extract_features(batch.observations)
+        actor_loss = self.actor.loss(features, improved_actions)
+        actor_grad_norm = self._step(self.actor.optimizer, actor_loss)
 
-    def _backward(self, loss: th.Tensor, optimizer: th.optim.Optimizer, name: str, undo: Callable[[], None]) -> None:
-        """Leave the loss's clipped gradient in the optimizer's parameters; if it is not finite, undo the update and raise."""
+        # Targets
+        undo_unless(self._healthy)
+        if move_actor_target:
+            move_towards(self.actor_target.own_parameters(), self.actor.own_parameters(), self.tau, self._healthy)
+            move_towards(self._actor_target_statistics, self._actor_statistics, 1.0, self._healthy)
+        move_towards(self.critic_target.parameters(), self.critic.parameters(), self.tau, self._healthy)
+        move_towards(self._critic_target_statistics, self._critic_statistics, 1.0, self._healthy)
+
+        q_value = th.cat(current_q_values, dim=1).mean()
+        report = (critic_loss, actor_loss, q_value, improved_q_gain, action_shift, critic_grad_norm, actor_grad_norm)
+        return th.stack(report).detach(), th.where(self._healthy, improved_actions, batch.improved_actions)
+
+    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> th.Tensor:
+        """One step down the loss's clipped gradient, whose norm is returned, if that and all before it were finite."""
         optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grad_norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        if not th.isfinite(loss + grad_norm):
-            optimizer.zero_grad()
-            undo()
-            raise NonFiniteLossError(
-                f"`{name}` or its gradient is not finite in update {self._n_updates + 1} (loss {loss.item()}, gradient norm "
-                f"{grad_norm.item()}). Weights, targets and stored actions are as before this update. Look for observations "
-                "or rewards that are not finite, or lower the learning rates."
-            )
+        self._healthy.logical_and_(th.isfinite(loss.detach() + grad_norm))
+        step_if(self._healthy, optimizer)
+        return grad_norm
+
+    # ------------------------------------------------------------------------------------------------- around an update
+
+    def _run_update(self, batch_size: int, move_actor_target: bool) -> th.Tensor:
+        """Draw the minibatches, update, and write the improved actions back; on a GPU in CUDA graphs."""
+        buffer: Any = self.replay_buffer
+
+        def draw() -> tuple[ReplayBufferSamples, ImprovedSamples]:
+            replay_data = buffer.sample(batch_size, env=self._vec_normalize_env)
+            return replay_data, buffer.sample_improved(batch_size, self._vec_normalize_env)
+
+        def write_back(batch: ImprovedSamples, improved_actions: th.Tensor) -> None:
+            # the improved actions take their places in the replay data; `actions` are never touched
+            if self.persist_improved_actions:
+                buffer.update_improved(batch.rows, batch.envs, improved_actions)
+
+        def update(replay_data: ReplayBufferSamples, batch: ImprovedSamples) -> tuple[th.Tensor, th.Tensor]:
+            return self._update(replay_data, batch, move_actor_target)
+
+        def whole() -> th.Tensor:
+            replay_data, batch = draw()
+            report, improved_actions = update(replay_data, batch)
+            write_back(batch, improved_actions)
+            return report
+
+        if self._graphs is None:
+            return whole()
+        key = self._graph_key(batch_size, move_actor_target)
+        if isinstance(buffer, DIPODeviceReplayBuffer):
+            return self._graphs(whole, key)
+        replay_data, batch = draw()
+        rows, envs = batch.rows, batch.envs  # stay on the host
+        report, improved_actions = self._graphs(update, key, replay_data, batch._replace(rows=None, envs=None))
+        write_back(batch._replace(rows=rows, envs=envs), improved_actions)
+        return report
+
+    def _graph_key(self, batch_size: int, move_actor_target: bool) -> tuple[Any, ...]:
+        """All that an update depends on and that may change between two, as a value or by moving in memory."""
+        names = ("gamma", "tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm")
+        settings = (*(getattr(self, name) for name in names), self.persist_improved_actions, repr(self.samplers))
+        storage = getattr(self.replay_buffer, "improved_actions", None)
+        places = (id(self.replay_buffer), storage.data_ptr() if isinstance(storage, th.Tensor) else None)
+        return "update", batch_size, move_actor_target, settings, places, self._vec_normalize_env is None
+
+    def _finish_updates(self, reports: th.Tensor) -> None:
+        """Count and log updates, given their numbers, (number of updates, len(REPORTED)); raise if one is not finite."""
+        columns = dict(zip(REPORTED, reports.t().tolist(), strict=True))
+        for i in range(len(reports)):
+            for name, norm in (("critic_loss", "critic_grad_norm"), ("actor_loss", "actor_grad_norm")):
+                loss, grad_norm = columns[name][i], columns[norm][i]
+                if not math.isfinite(loss + grad_norm):
+                    self._n_updates += i
+                    self.critic.optimizer.zero_grad()
+                    self.actor.optimizer.zero_grad()
+                    raise NonFiniteLossError(
+                        f"`{name}` or its gradient is not finite in update {self._n_updates + 1} (loss {loss}, gradient norm "
+                        f"{grad_norm}). Weights, targets and stored actions are as before this update. Look for observations "
+                        "or rewards that are not finite, or lower the learning rates."
+                    )
+        self._n_updates += len(reports)
+        for name in REPORTED[:5]:
+            self.logger.record(f"train/{name}", sum(columns[name]) / len(reports))
+        self.logger.record("train/n_updates", self._n_updates)
 
     # ------------------------------------------------------------------------------------------------- set-up
 
@@ -269,17 +341,52 @@ class DIPO(OffPolicyAlgorithm):
             self.replay_buffer = self._make_replay_buffer()
         # The buffer is settled; SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
         # The arguments that the user gave are kept, so that a saved model can be loaded with other `n_steps` or `gamma`.
-        given_kwargs = self.replay_buffer_kwargs
+        given_class, given_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         super()._setup_model()
-        self.replay_buffer_class, self.replay_buffer_kwargs = type(self.replay_buffer), given_kwargs
+        on_device = given_class is None and isinstance(self.replay_buffer, DIPODeviceReplayBuffer)
+        # what depends on this device is resolved again where the model is loaded
+        self.replay_buffer_class = None if on_device else type(self.replay_buffer)
+        self.replay_buffer_kwargs = given_kwargs
 
         if self.samplers is not None:  # a saved model's
             for use, settings in self.samplers.items():
                 self.policy.set_sampler(use, **settings)
-        update_learning_rate(self.policy.critic.optimizer, self.qf_lr_schedule(1))
         self._create_aliases()
         self._find_statistics()
+        self._set_up_acceleration()
+        set_learning_rate(self.critic.optimizer, self.qf_lr_schedule(1))
+
+    def _set_up_acceleration(self) -> None:
+        """`accelerate` is a request, resolved on this device; a saved model's is resolved again where it is loaded."""
+        capture = self.device.type == "cuda" and self.accelerate != "off"
+        self._graphs = CudaGraphs(self.device) if capture else None
+        accelerate = self.accelerate
+        if accelerate == "compile" and self.device.type == "cpu":
+            try:
+                load_kernels()
+            except KernelError as error:
+                warnings.warn(f"`accelerate='compile'` runs as \"auto\" here: {error}.", stacklevel=4)
+                accelerate = "auto"
+        if accelerate != "off":
+            keep_freed_memory()
+        self.policy.set_accelerate(accelerate, self._graphs)
+        self._healthy = th.tensor(True, device=self.device)  # whether all losses of this train() were finite
+        self._prepare_optimizers()
+
+    def _prepare_optimizers(self) -> None:
+        if self.accelerate != "off":
+            for optimizer in (self.actor.optimizer, self.critic.optimizer):
+                prepare_optimizer(optimizer, capturable=self._graphs is not None)
+
+    def set_parameters(
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As SB3's; what was captured in CUDA graphs is captured again, since optimizers get new state."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self._prepare_optimizers()
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def _find_statistics(self) -> None:
         # Running statistics of batch normalisation, which no Polyak update of parameters reaches
@@ -307,6 +414,14 @@ class DIPO(OffPolicyAlgorithm):
         if issubclass(replay_buffer_class, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment when using `HerReplayBuffer`"
             kwargs = {**kwargs, "env": self.env}
+        sizes = (self.observation_space, self.action_space, self.buffer_size, self.n_envs)
+        if (
+            self.replay_buffer_class is None
+            and replay_buffer_class is DIPOReplayBuffer
+            and not (self.optimize_memory_usage or self.accelerate == "off")
+            and fits_on_device(*sizes, self.device)
+        ):
+            replay_buffer_class = DIPODeviceReplayBuffer  # drawing and write-back then join the update's CUDA graph
         return replay_buffer_class(
             self.buffer_size,
             self.observation_space,
@@ -364,8 +479,8 @@ class DIPO(OffPolicyAlgorithm):
     def _update_learning_rates(self) -> None:
         # the last rollout may end after the last step
         learning_rate, qf_learning_rate = self._current_learning_rates(max(0.0, self._current_progress_remaining))
-        update_learning_rate(self.actor.optimizer, learning_rate)
-        update_learning_rate(self.critic.optimizer, qf_learning_rate)
+        set_learning_rate(self.actor.optimizer, learning_rate)
+        set_learning_rate(self.critic.optimizer, qf_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
 
     # ------------------------------------------------------------------------------------------------- as in SB3
@@ -449,7 +564,8 @@ class DIPO(OffPolicyAlgorithm):
         try:
             super().load_replay_buffer(path, truncate_last_traj)
             assert self.replay_buffer is not None
-            self.replay_buffer = with_improved_actions(self.replay_buffer)
+            keeps_its_kind = current is None or self.replay_buffer.optimize_memory_usage
+            self.replay_buffer = as_storage(self.replay_buffer, type(self.replay_buffer if keeps_its_kind else current))  # type: ignore[arg-type]
             self._check_replay_buffer(self.replay_buffer, current)
         except BaseException:
             self.replay_buffer = current
@@ -471,7 +587,8 @@ class DIPO(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         statistics = [f"_{name}_statistics" for name in ("actor", "actor_target", "critic", "critic_target")]
-        return [*super()._excluded_save_params(), "actor", "actor_target", "critic", "critic_target", *statistics]
+        own = ["actor", "actor_target", "critic", "critic_target", *statistics, "_graphs", "_healthy"]
+        return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []

@@ -15,9 +15,11 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_dipo.accelerate import CudaGraphs
 from sb3_dipo.actors import ACTORS, GenerativeActor, SamplerSettings
+from sb3_dipo.arithmetic import Mish
 from sb3_dipo.checks import check_choice, check_int
-from sb3_dipo.networks import CriticEnsemble, Mish
+from sb3_dipo.networks import CriticEnsemble
 
 
 class DIPOPolicy(BasePolicy):
@@ -48,6 +50,7 @@ class DIPOPolicy(BasePolicy):
     actor_target: GenerativeActor
     critic: CriticEnsemble
     critic_target: CriticEnsemble
+    _graphs: CudaGraphs | None = None
 
     def __init__(
         self,
@@ -154,8 +157,22 @@ class DIPOPolicy(BasePolicy):
             "activation_fn": self.activation_fn,
             "normalize_images": self.normalize_images,
             "n_critics": self.n_critics,
+            "inference_dtype": self.actor_options.get("inference_dtype", "float32"),
         }
         return CriticEnsemble(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
+
+    def set_accelerate(self, accelerate: str, graphs: CudaGraphs | None = None) -> None:
+        """
+        Say how the policy computes. It is not saved with it: another machine may do better otherwise.
+
+        :param accelerate: ``"auto"``, ``"cudagraphs"``, ``"compile"`` or ``"off"``, see
+            :func:`sb3_dipo.arithmetic.choose_arithmetic`
+        :param graphs: to capture acting in, one for each batch size; eager where None
+        """
+        self._graphs = graphs
+        for module in self.modules():
+            if hasattr(module, "accelerate"):
+                module.accelerate = accelerate  # type: ignore[assignment]
 
     def set_sampler(self, which: str = "all", **changes: Any) -> None:
         """
@@ -179,7 +196,11 @@ class DIPOPolicy(BasePolicy):
         return self._predict(observation, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actor(observation, deterministic)
+        if self._graphs is None or th.is_grad_enabled():
+            return self.actor(observation, deterministic)
+        place = next(self.actor.parameters()).data_ptr()  # `to()` may move them
+        key = ("act", deterministic, repr(self.samplers), self.actor.training, place)
+        return self._graphs(lambda obs: self.actor(obs, deterministic), key, observation)
 
     def set_training_mode(self, mode: bool) -> None:
         """

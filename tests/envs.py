@@ -154,7 +154,7 @@ def everything_learned(model: DIPO) -> dict[str, Any]:
     assert model.replay_buffer is not None
     for name in ("actions", "improved_actions"):
         if hasattr(model.replay_buffer, name):
-            parts[name] = th.from_numpy(getattr(model.replay_buffer, name))
+            parts[name] = th.as_tensor(getattr(model.replay_buffer, name))
     return {name: th.as_tensor(part).clone() for name, part in parts.items()}
 
 

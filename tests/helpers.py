@@ -1,6 +1,7 @@
 """What several tests use: an agent on made-up data, with every random draw given from outside."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_dipo import DIPO, DIPOReplayBuffer
+from sb3_dipo.networks import BoundNoisePrediction
 
 
 class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -101,3 +103,26 @@ def displacement_error(parameters: Sequence[th.Tensor], start: Sequence[Any], ex
         return th.cat([th.as_tensor(tensor).detach().double().flatten() for tensor in tensors])
 
     return float((flat(parameters) - flat(expected)).norm() / (flat(expected) - flat(start)).norm())
+
+
+@contextlib.contextmanager
+def noise_predictions(network: Any) -> Iterator[list[int]]:
+    """Batch sizes of the calls of a NoisePredictionNetwork in reverse processes."""
+    calls: list[int] = []
+    bind = network.bind
+
+    class Counting(BoundNoisePrediction):
+        def __call__(self, noisy_actions: th.Tensor, step: int) -> th.Tensor:
+            calls.append(len(noisy_actions))
+            return super().__call__(noisy_actions, step)
+
+    def counting_bind(*args: Any) -> BoundNoisePrediction:
+        bound = bind(*args)
+        bound.__class__ = Counting
+        return bound
+
+    network.bind = counting_bind
+    try:
+        yield calls
+    finally:
+        del network.bind

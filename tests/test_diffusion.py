@@ -16,12 +16,14 @@ import pytest
 import torch as th
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from gymnasium import spaces
+from helpers import noise_predictions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_dipo.actors import DiffusionActor
+from sb3_dipo.arithmetic import Mish
 from sb3_dipo.diffusion import (
     SCHEDULES,
     SOLVERS,
@@ -33,7 +35,6 @@ from sb3_dipo.diffusion import (
     sample,
     time_grid,
 )
-from sb3_dipo.networks import Mish
 
 PredictNoise = Callable[[th.Tensor, int], th.Tensor]
 
@@ -708,19 +709,18 @@ def make_actor(**options: Any) -> DiffusionActor:
 @pytest.mark.parametrize("num_inference_steps", [None, 1, 4, 20])
 def test_actor_calls_its_network_once_an_inference_step(solver: str, num_inference_steps: int | None) -> None:
     actor = make_actor(num_train_timesteps=20, solver=solver, num_inference_steps=num_inference_steps)
-    calls: list[int] = []
-    actor.noise_network.layers[-1].register_forward_hook(lambda *args: calls.append(1))
     expected = 20 if num_inference_steps is None else num_inference_steps
-    actor.sample(th.zeros(2, 3))
-    assert len(calls) == expected
-    actor.mode(th.zeros(2, 3))
-    assert len(calls) == 2 * expected
-    actor.set_sampler(num_inference_steps=3)
-    actor.sample(th.zeros(2, 3))
-    assert len(calls) == 2 * expected + 3
-    actor.set_sampler(which="evaluation", num_inference_steps=2)
-    actor.mode(th.zeros(2, 3))
-    assert len(calls) == 2 * expected + 3 + 2
+    with noise_predictions(actor.noise_network) as calls:
+        actor.sample(th.zeros(2, 3))
+        assert len(calls) == expected
+        actor.mode(th.zeros(2, 3))
+        assert len(calls) == 2 * expected
+        actor.set_sampler(num_inference_steps=3)
+        actor.sample(th.zeros(2, 3))
+        assert len(calls) == 2 * expected + 3
+        actor.set_sampler(which="evaluation", num_inference_steps=2)
+        actor.mode(th.zeros(2, 3))
+        assert len(calls) == 2 * expected + 3 + 2
 
 
 @pytest.mark.parametrize("noise_scale", [None, 0.0, 0.5])

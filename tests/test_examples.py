@@ -41,16 +41,6 @@ def test_pendulum(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_speed(tmp_path: Path) -> None:
-    arguments = ("--env", "Pendulum-v1", "--denoising-steps", "5", "--repeats", "2", "--threads", "1")
-    lines = run("speed.py", *arguments, cwd=tmp_path).splitlines()
-    assert "K = 5" in lines[0] and "1 threads" in lines[0]
-    for line, name in zip(lines[1:], ("update", "action"), strict=True):
-        assert re.fullmatch(rf"{name}: DIPO \d+\.\d ms, SAC \d+\.\d ms, ratio \d+\.\d", line)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
 def test_compare(tmp_path: Path) -> None:
     assert len((ROOT / "examples" / "compare.py").read_text().splitlines()) <= 60
     printed = run("compare.py", "--timesteps", "1005", "--seeds", "0", "--folder", "here", cwd=tmp_path)

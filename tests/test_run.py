@@ -754,7 +754,7 @@ def test_defaults_are_the_papers() -> None:
     assert [layer.out_features for layer in critic if isinstance(layer, th.nn.Linear)] == [256, 256, 256, 1]
     assert len(model.critic.q_networks) == 2
     assert model.actor.optimizer.defaults["eps"] == 1e-5
-    expected = {"solver": "ddpm", "num_inference_steps": None, "eta": 0.0, "noise_scale": 1.0}
+    expected = {"solver": "ddpm", "num_inference_steps": None, "timestep_spacing": "linspace", "eta": 0.0, "noise_scale": 1.0}
     assert model.policy.samplers == {
         "behaviour": expected,
         "target": expected,

@@ -7,8 +7,6 @@ import pathlib
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch as th
 from envs import TinyEnv, differences, everything_learned, goal_envs, small_dipo, tiny_envs
 from gymnasium import spaces
+from helpers import noise_predictions
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -360,15 +359,6 @@ def test_the_authors_evaluation() -> None:
 # ------------------------------------------------------------------------------------------------- samplers
 
 
-@contextmanager
-def calls_of(network: th.nn.Module) -> Iterator[list[int]]:
-    """Batch sizes of the calls of a noise network."""
-    calls: list[int] = []
-    handle = network.layers[-1].register_forward_hook(lambda *args: calls.append(len(args[2])))  # type: ignore[index, union-attr]
-    yield calls
-    handle.remove()
-
-
 def steps_of(policy: DIPOPolicy) -> dict[str, int]:
     """Counts the calls of the noise network in one sample for each use."""
     counts = {}
@@ -379,7 +369,7 @@ def steps_of(policy: DIPOPolicy) -> dict[str, int]:
             ("evaluation", policy.actor, True),
             ("target", policy.actor_target, False),
         ]:
-            with calls_of(actor.noise_network) as calls:  # type: ignore[arg-type]
+            with noise_predictions(actor.noise_network) as calls:
                 actor(observations, deterministic)
             assert set(calls) == {4}
             counts[use] = len(calls)
@@ -399,18 +389,39 @@ def test_set_sampler_for_each_use(tmp_path: pathlib.Path) -> None:
     expected = {"behaviour": 5, "target": 3, "evaluation": 2}
     assert steps_of(policy) == expected
     settings = {
-        "behaviour": {"solver": "ddim", "num_inference_steps": 5, "eta": 0.5, "noise_scale": 1.0},
-        "target": {"solver": "dpmpp_2m", "num_inference_steps": 3, "eta": 0.0, "noise_scale": 0.25},
-        "evaluation": {"solver": "ddpm", "num_inference_steps": 2, "eta": 0.0, "noise_scale": 0.0},
+        "behaviour": {
+            "solver": "ddim",
+            "num_inference_steps": 5,
+            "timestep_spacing": "linspace",
+            "eta": 0.5,
+            "noise_scale": 1.0,
+        },
+        "target": {
+            "solver": "dpmpp_2m",
+            "num_inference_steps": 3,
+            "timestep_spacing": "linspace",
+            "eta": 0.0,
+            "noise_scale": 0.25,
+        },
+        "evaluation": {
+            "solver": "ddpm",
+            "num_inference_steps": 2,
+            "timestep_spacing": "linspace",
+            "eta": 0.0,
+            "noise_scale": 0.0,
+        },
     }
     assert policy.samplers == settings
 
     # where the algorithm samples
     rewound(model)
-    with calls_of(model.actor_target.noise_network) as of_target, calls_of(model.actor.noise_network) as of_actor:  # type: ignore[arg-type]
+    with (
+        noise_predictions(model.actor_target.noise_network) as of_target,
+        noise_predictions(model.actor.noise_network) as of_actor,
+    ):
         model.train(2, 8)
-    assert (len(of_target), len(of_actor)) == (6, 2)
-    with calls_of(model.actor.noise_network) as of_actor:  # type: ignore[arg-type]
+    assert (len(of_target), len(of_actor)) == (6, 0)
+    with noise_predictions(model.actor.noise_network) as of_actor:
         model.predict(np.zeros((1, 3), dtype=np.float32))
         assert len(of_actor) == 5
         model.predict(np.zeros((1, 3), dtype=np.float32), deterministic=True)

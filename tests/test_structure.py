@@ -14,7 +14,22 @@ import stable_baselines3
 import sb3_dipo
 
 PACKAGE = pathlib.Path(sb3_dipo.__file__).parent
-ORDER = ("checks", "diffusion", "networks", "actors", "action_gradient", "buffers", "guard", "policies", "dipo", "checkpoint")
+ORDER = (
+    "checks",
+    "diffusion",
+    "kernels",
+    "arithmetic",
+    "networks",
+    "accelerate",
+    "actors",
+    "action_gradient",
+    "buffers",
+    "device_buffer",
+    "guard",
+    "policies",
+    "dipo",
+    "checkpoint",
+)
 """No module imports a later one."""
 OUTSIDE = ("zoo", "envs")
 """What the core never imports."""

@@ -1,5 +1,6 @@
 """The diffusion process: noising, the denoising loss, and the one loop that samples."""
 
+import functools
 from collections.abc import Callable
 
 import torch as th
@@ -42,6 +43,12 @@ def denoising_loss(
     return F.mse_loss(predict_noise(add_noise(schedule, actions, noise, timesteps), timesteps), noise)
 
 
+@functools.cache  # made once: a copy from the host has no place in a CUDA graph
+def noise_scales(table: SolverTable, device: th.device, dtype: th.dtype) -> th.Tensor:
+    """The coefficients s of the noise added on the way, (number of steps, 1, 1)."""
+    return th.tensor([step.s for step in table.steps], device=device, dtype=dtype).view(-1, 1, 1)
+
+
 def sample(
     table: SolverTable,
     predict_noise: Callable[[th.Tensor, int], th.Tensor],
@@ -61,13 +68,18 @@ def sample(
     :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
     :return: actions clipped to [-1, 1], (batch_size, action_dim)
     """
-    x, previous = initial_noise, th.zeros_like(initial_noise)
+    x, previous, added = initial_noise, None, None
+    if noise is not None:
+        added = (noise * noise_scales(table, noise.device, noise.dtype)).unbind()
     for i, step in enumerate(table.steps):
-        denoised = x / step.alpha_t - predict_noise(x, i) * (step.sigma_t / step.alpha_t)
+        # D = (x - sigma_t eps) / alpha_t
+        denoised = th.sub(x * (1 / step.alpha_t), predict_noise(x, i), alpha=step.sigma_t / step.alpha_t)
         if clip_sample:
-            denoised = denoised.clamp(-1, 1)
-        x = step.a * x + step.b * denoised + step.c * previous
-        if noise is not None:
-            x = x + step.s * noise[i]
+            denoised = denoised.clamp_(-1, 1)
+        # x' = a x + b D + c D_prev + s z
+        x = x * step.a if added is None else th.add(added[i], x, alpha=step.a)
+        x.add_(denoised, alpha=step.b)
+        if previous is not None and step.c != 0:
+            x.add_(previous, alpha=step.c)
         previous = denoised
     return x.clamp(-1, 1)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch as th
+
 from sb3_dipo.diffusion.schedules import NoiseSchedule
 
 
@@ -60,6 +62,16 @@ class _Point(NamedTuple):
 
 _CLEAN = _Point(-1, 1.0, 1.0, 0.0, math.inf)
 
+LAMBDA_LIMIT = 3.0  # alpha or sigma = 0.05: of the limits 2.5, 3 and 3.3 the best compromise at 5, 10 and 20 steps
+
+
+def _check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` must be between 1 and `num_train_timesteps` = {num_train_timesteps}, "
+            f"not {num_inference_steps!r}."
+        )
+
 
 def time_grid(num_train_timesteps: int, num_inference_steps: int) -> tuple[int, ...]:
     """
@@ -67,15 +79,39 @@ def time_grid(num_train_timesteps: int, num_inference_steps: int) -> tuple[int, 
 
     :raises ValueError: unless 1 <= num_inference_steps <= num_train_timesteps
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
-            f"`num_inference_steps` must be between 1 and `num_train_timesteps` = {num_train_timesteps}, "
-            f"not {num_inference_steps!r}."
-        )
+    _check_steps(num_train_timesteps, num_inference_steps)
     if num_inference_steps == 1:
         return (num_train_timesteps - 1,)
     spacing = (num_train_timesteps - 1) / (num_inference_steps - 1)
     return tuple(math.floor(i * spacing + 0.5) for i in reversed(range(num_inference_steps)))
+
+
+def lambda_grid(schedule: NoiseSchedule, num_inference_steps: int) -> tuple[int, ...]:
+    """
+    ``num_inference_steps`` descending indices, evenly spread in lambda = log(alpha / sigma), of which DPM-Solver++ is a
+    function, over that part of -3..3 that the schedule covers: beyond it there is hardly any signal (the clipped cosine
+    schedule's last steps), or hardly any noise. Each is the nearest index not yet taken; all K of them are every index.
+
+    :raises ValueError: unless 1 <= num_inference_steps <= len(schedule)
+    """
+    _check_steps(len(schedule), num_inference_steps)
+    first, last = (float(schedule.lambda_t[end].clamp(-LAMBDA_LIMIT, LAMBDA_LIMIT)) for end in (-1, 0))
+    grid: list[int] = []
+    highest = len(schedule) - 1
+    for i, target in enumerate(th.linspace(first, last, num_inference_steps, dtype=th.float64)):
+        nearest = int((schedule.lambda_t - target).abs().argmin())
+        lowest = num_inference_steps - 1 - i  # leaves an index for each step to come
+        grid.append(max(lowest, min(nearest, highest)))
+        highest = grid[-1] - 1
+    return tuple(grid)
+
+
+Spacing = Callable[[NoiseSchedule, int], tuple[int, ...]]
+
+SPACINGS: dict[str, Spacing] = {
+    "linspace": lambda schedule, num_inference_steps: time_grid(len(schedule), num_inference_steps),
+    "lambda": lambda_grid,
+}
 
 
 def _grid(schedule: NoiseSchedule, timesteps: Sequence[int]) -> list[_Point]:
