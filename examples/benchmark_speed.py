@@ -542,7 +542,7 @@ def main() -> None:
         "device": device_name(args.device),
         "threads": th.get_num_threads(),
         "versions": f"torch {th.__version__}, SB3 {stable_baselines3.__version__}, Python {platform.python_version()}",
-        "system": platform.platform(),
+        "system": f"{platform.system()}, {platform.machine()}",
         "batch_size": args.batch_size,
         "turns": f"{args.rounds} rounds of {args.updates} updates, {args.actions} actions, {args.learn_steps} learn() steps",
         "settings": SETTINGS,

@@ -129,6 +129,8 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
     :param optimizer: an optimizer; its state may come from another device
     :param capturable: whether its steps are to be captured in CUDA graphs
     """
+    # the first, eager steps are no mistake: PyTorch would warn of them
+    optimizer._warned_capturable_if_run_uncaptured = True
     for group in optimizer.param_groups:
         device = group["params"][0].device
         if "fused" in group and not any(group.get(name) for name in ("foreach", "differentiable")):
@@ -137,9 +139,9 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
         if "capturable" in group:
             group["capturable"] = capturable
         rate = group["lr"]
-        if capturable and not isinstance(rate, th.Tensor):
-            group["lr"] = th.tensor(float(rate), device=device)
-        elif not capturable and isinstance(rate, th.Tensor):
+        if capturable:
+            group["lr"] = th.as_tensor(rate, dtype=th.float32, device=device).clone()
+        elif isinstance(rate, th.Tensor):
             group["lr"] = float(rate)
         for parameter in group["params"]:
             step = optimizer.state.get(parameter, {}).get("step")

@@ -38,7 +38,9 @@ def remember(tensors: Iterable[th.Tensor], optimizer: th.optim.Optimizer) -> Cal
 
     @th.no_grad()
     def put_back_unless(ok: th.Tensor) -> None:
-        if on_host(ok) and ok:
+        # outside of a capture, waiting once for the flag costs less than putting everything back
+        capturing = not on_host(ok) and (ok.device.type != "cuda" or th.cuda.is_current_stream_capturing())
+        if not capturing and ok:
             return
         for tensor, value in known.values():
             tensor.copy_(th.where(ok.to(tensor.device), tensor, value))

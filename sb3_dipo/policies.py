@@ -185,6 +185,7 @@ class DIPOPolicy(BasePolicy):
             which never draws noise; or ``"all"``
         :param solver: ``"ddpm"``, ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"``
         :param num_inference_steps: steps to take, between 1 and ``num_train_timesteps``; None is all
+        :param timestep_spacing: which steps, if fewer than all: ``"linspace"`` or ``"lambda"``, evenly in log signal-to-noise
         :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``
         :param noise_scale: factor of the noise, at least 0; the only setting that VAE and MLP have
         :raises ValueError: naming the setting and what it may be; nothing is changed then
