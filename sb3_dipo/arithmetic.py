@@ -17,6 +17,7 @@ Function = Callable[[th.Tensor], th.Tensor]
 
 FEW_ROWS = 16  # of a batch: below, an operator costs its call, and PyTorch's single ones are the fastest
 FEW_ELEMENTS = 256 * FEW_ROWS
+KERNEL_ROWS = 24  # up to which one compiled call beats oneDNN's products
 MANY_WEIGHTS = 2**14  # of a layer: below, oneDNN is not faster
 
 
@@ -96,7 +97,9 @@ class Arithmetic(NamedTuple):
         :return: the last one's output
         """
         for layer in layers:
-            if isinstance(layer, nn.Linear) and layer.weight.numel() >= MANY_WEIGHTS:
+            if self is PLAIN:
+                x = layer(x)
+            elif isinstance(layer, nn.Linear) and layer.weight.numel() >= MANY_WEIGHTS:
                 x = _Linear.apply(x, layer.weight, layer.bias, self)
             elif isinstance(layer, (Mish, nn.Mish)):
                 x = _Mish.apply(x, self)
@@ -118,7 +121,7 @@ class _Mish(th.autograd.Function):
     def forward(ctx: Any, x: th.Tensor, arithmetic: Arithmetic) -> th.Tensor:
         ctx.save_for_backward(x)
         ctx.arithmetic = arithmetic
-        return arithmetic.mish(x.detach())
+        return arithmetic.mish(x)
 
     @staticmethod
     @th.autograd.function.once_differentiable
@@ -189,19 +192,18 @@ def choose_arithmetic(features: th.Tensor, accelerate: str = "auto", inference_d
         batch is large enough that it pays
     :raises sb3_dipo.kernels.KernelError: for ``"compile"`` where the kernels cannot be compiled
     """
-    arithmetic = PLAIN
+    rows, arithmetic = features.shape[0], PLAIN
     if is_traced():
         return arithmetic
-    few = features.shape[0] < FEW_ROWS
-    if features.device.type == "cpu" and accelerate != "off":
-        if not few:
+    if features.device.type == "cpu" and features.dtype == th.float32 and accelerate != "off":
+        if rows >= FEW_ROWS:
             arithmetic = FAST._replace(linear=_onednn_linear) if _has_onednn() else FAST
         if accelerate == "compile":
             kernels = load_kernels()
-            if few:
-                arithmetic = arithmetic._replace(kernels=kernels)
-            else:
+            if rows >= FEW_ROWS:
                 arithmetic = arithmetic._replace(mish=kernels.mish, mish_backward=kernels.mish_backward)
-    if inference_dtype == "bfloat16" and not few:
+            if rows <= KERNEL_ROWS:
+                arithmetic = arithmetic._replace(kernels=kernels)
+    if inference_dtype == "bfloat16" and rows > KERNEL_ROWS:
         arithmetic = arithmetic._replace(linear=_bfloat16(arithmetic.linear))
     return arithmetic

@@ -22,6 +22,7 @@ import sb3_dipo.guard
 import sb3_dipo.networks
 from sb3_dipo import DIPO, DIPODeviceReplayBuffer
 from sb3_dipo.accelerate import CudaGraphs, map_tensors, move_towards, prepare_optimizer, set_learning_rate
+from sb3_dipo.arithmetic import PLAIN, choose_arithmetic
 
 READS = (th.ops.aten._local_scalar_dense.default, th.ops.aten.nonzero.default, th.ops.aten.is_nonzero.default)
 FLOAT32_ROUNDING = 1e-5
@@ -159,7 +160,7 @@ def test_fifty_updates_equal_the_plain_path(accelerate: str, batch_size: int) ->
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("clip_sample", [True, False])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 20, 40])
 def test_samples_equal_the_plain_paths(solver: str, clip_sample: bool, rows: int) -> None:
     policy_kwargs = {"num_train_timesteps": 20, "beta_schedule": "vp", "solver": solver, "clip_sample": clip_sample}
     actor = filled(policy_kwargs=policy_kwargs).actor
@@ -196,6 +197,15 @@ def test_other_activations_and_actors_take_the_plain_path() -> None:
         for model in (plain, fast):
             train(model, 1)
         assert largest_difference(plain, fast) < 2e-3
+
+
+def test_other_types_than_float32_take_the_plain_path() -> None:
+    """Kernels read memory as float32."""
+    for rows in (2, 64):
+        for accelerate in ("auto", "compile"):
+            assert choose_arithmetic(th.zeros(rows, 5, dtype=th.float64), accelerate) is PLAIN
+    assert choose_arithmetic(th.zeros(64, 5), "auto") is not PLAIN
+    assert choose_arithmetic(th.zeros(64, 5), "off") is PLAIN
 
 
 def test_training_products_have_the_gradients_of_pytorchs() -> None:
