@@ -309,7 +309,7 @@ def test_distributions(dist: Path) -> None:
             assert installed.read(name) == (STARTUP / name).read_bytes()
         assert installed.read("sb3_dipo/hyperparams/dipo.yml") == (ROOT / "hyperparams" / "dipo.yml").read_bytes()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_dipo").rglob("*.py") if path.parent != STARTUP}
-    files = {"py.typed", "hyperparams/__init__.py", "hyperparams/dipo.yml"}
+    files = {"py.typed", "kernels.cpp", "hyperparams/__init__.py", "hyperparams/dipo.yml"}
     assert names == startup | modules | {f"sb3_dipo/{name}" for name in files}
 
 
