@@ -10,6 +10,7 @@ from typing import Any
 import torch as th
 
 WARM_UP = 3  # eager calls before a capture, as PyTorch asks for: libraries allocate and optimizers make their state
+FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
 MAX_GRAPHS = 32  # each holds the memory of its intermediate results
 
 
@@ -121,19 +122,21 @@ class CudaGraphs:
         return graph.replay, outputs
 
 
-def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
+def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool, fuse: bool = True) -> None:
     """
     Let an optimizer update all parameters in one kernel where it can, and, for capture, keep its learning rate and step
     counts on the device. Options that the user chose stay.
 
     :param optimizer: an optimizer; its state may come from another device
     :param capturable: whether its steps are to be captured in CUDA graphs
+    :param fuse: whether to use the one kernel
     """
+    fuse = fuse and type(optimizer) in FUSED
     # the first, eager steps are no mistake: PyTorch would warn of them
     optimizer._warned_capturable_if_run_uncaptured = True
     for group in optimizer.param_groups:
         device = group["params"][0].device
-        if "fused" in group and not any(group.get(name) for name in ("foreach", "differentiable")):
+        if fuse and group["fused"] is not False and not group["foreach"] and not group["differentiable"]:
             group["fused"] = True
             optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if "capturable" in group:

@@ -375,9 +375,8 @@ class DIPO(OffPolicyAlgorithm):
         self._prepare_optimizers()
 
     def _prepare_optimizers(self) -> None:
-        if self.accelerate != "off":
-            for optimizer in (self.actor.optimizer, self.critic.optimizer):
-                prepare_optimizer(optimizer, capturable=self._graphs is not None)
+        for optimizer in (self.actor.optimizer, self.critic.optimizer):
+            prepare_optimizer(optimizer, capturable=self._graphs is not None, fuse=self.accelerate != "off")
 
     def set_parameters(
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"

@@ -21,6 +21,7 @@ def step_if(ok: th.Tensor, optimizer: th.optim.Optimizer) -> None:
     if not on_host(ok) and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]  # as PyTorch's GradScaler tells it
         optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
     elif ok:
         optimizer.step()
 
