@@ -239,7 +239,7 @@ def report(args: argparse.Namespace) -> None:
     ]
     claims, notes = [], [f"- No runs of {env}." for env in SETTINGS if env not in envs]
     figure = Figure(figsize=(5.8 * len(envs), 4.6), layout="constrained")
-    figure.suptitle("Does DIPO learn less with few, long steps? Thin: a seed. Bold: interquartile mean")
+    figure.suptitle("Does DIPO learn less with few, long steps?\nThin: a seed. Bold: interquartile mean.", fontsize="large")
     for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0], strict=True):
         runs = [run for run in found if run.env == env]
         at = min(args.steps or np.inf, max(run.about["steps"] for run in runs))
