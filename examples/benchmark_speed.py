@@ -9,7 +9,7 @@ rounds; ratios are taken round by round, so that whatever slows the machine down
 has their medians. The naive DIPO is the tests' oracle, in plain eager PyTorch at the paper's setting. All DIPO have the
 paper's networks (three layers of 256, Mish), SAC and TD3 those of SB3. Updates and actions are timed on random data of the
 environments' sizes, learn() in the environments themselves. What is written goes to --out: speed.md and speed.json, both as
-they stand after every turn (torch.compile keeps its own cache, as always).
+they stand after every turn.
 """
 
 import argparse

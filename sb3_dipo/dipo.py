@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from sb3_dipo.accelerate import CudaGraphs, keep_freed_memory, move_towards, prepare_optimizer, set_learning_rate
 from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.actors import GenerativeActor, SamplerSettings
+from sb3_dipo.arithmetic import ACCELERATIONS
 from sb3_dipo.buffers import DIPOReplayBuffer, ImprovedActionsMixin, ImprovedSamples, resolve_replay_buffer
 from sb3_dipo.checks import check_choice, check_float, check_int
 from sb3_dipo.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
@@ -248,8 +249,10 @@ class DIPO(OffPolicyAlgorithm):
         actor_loss = self.actor.loss(features, improved_actions)
         actor_grad_norm = self._step(self.actor.optimizer, actor_loss)
 
-        # Targets
+        # an actor's loss that is not finite takes the critics' step back, too
         undo_unless(self._healthy)
+
+        # Targets
         if move_actor_target:
             move_towards(self.actor_target.own_parameters(), self.actor.own_parameters(), self.tau, self._healthy)
             move_towards(self._actor_target_statistics, self._actor_statistics, 1.0, self._healthy)
@@ -368,7 +371,7 @@ class DIPO(OffPolicyAlgorithm):
             except KernelError as error:
                 warnings.warn(f"`accelerate='compile'` runs as \"auto\" here: {error}.", stacklevel=4)
                 accelerate = "auto"
-        if accelerate != "off":
+        if accelerate != "off" and self.device.type == "cpu":
             keep_freed_memory()
         self.policy.set_accelerate(accelerate, self._graphs)
         self._healthy = th.tensor(True, device=self.device)  # whether all losses of this train() were finite
@@ -459,7 +462,7 @@ class DIPO(OffPolicyAlgorithm):
         self.actor_target_update_interval = check_int("actor_target_update_interval", self.actor_target_update_interval, 1)
         if not isinstance(self.persist_improved_actions, bool):
             raise ValueError(f"`persist_improved_actions` must be True or False, not {self.persist_improved_actions!r}.")
-        check_choice("accelerate", self.accelerate, ("auto", "cudagraphs", "compile", "off"))
+        check_choice("accelerate", self.accelerate, ACCELERATIONS)
 
     # ------------------------------------------------------------------------------------------------- learning rates
 

@@ -60,10 +60,7 @@ def core() -> list[pathlib.Path]:
 
 
 def test_imports_point_one_way() -> None:
-    # accelerate is to be: it wraps what it is given
-    known = {*ORDER, "__init__", "accelerate"}
-    assert {module_of(path) for path in core()} <= known, "a new module needs its place in ORDER"
-    assert {module_of(path) for path in core()} >= {*ORDER}
+    assert {module_of(path) for path in core()} == {*ORDER, "__init__"}, "a new module needs its place in ORDER"
     for path in core():
         own = module_of(path)
         if own not in ORDER:
@@ -72,10 +69,7 @@ def test_imports_point_one_way() -> None:
             if name == "sb3_dipo" or name.startswith("sb3_dipo."):
                 assert name != "sb3_dipo", f"{path} imports the whole package"
                 imported = name.split(".")[1]
-                if imported in ORDER:
-                    assert ORDER.index(imported) <= ORDER.index(own), f"{path} imports {name}"
-                else:
-                    assert imported == "accelerate" and own in ("policies", "dipo", "checkpoint"), f"{path} imports {name}"
+                assert ORDER.index(imported) <= ORDER.index(own), f"{path} imports {name}"
 
 
 def test_diffusion_knows_nothing_of_reinforcement_learning() -> None:
