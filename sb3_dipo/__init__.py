@@ -1,5 +1,7 @@
 """DIPO, online reinforcement learning with a diffusion policy, on Stable-Baselines3."""
 
+import gymnasium
+
 from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.actors import DiffusionActor, MLPActor, VAEActor
 from sb3_dipo.buffers import DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
@@ -32,3 +34,5 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
+
+gymnasium.register("sb3_dipo/MultiGoal-v0", "sb3_dipo.envs.multi_goal:MultiGoalEnv")

@@ -13,16 +13,18 @@ import pickle
 import random
 import shutil
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch as th
 from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import (
@@ -39,6 +41,8 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_dipo.checks import check_int
 from sb3_dipo.dipo import DIPO
 
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint_"
@@ -53,7 +57,7 @@ WRAPPER_STATE: dict[type, tuple[str, ...]] = {
 }
 
 
-def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) -> pathlib.Path:
+def save_checkpoint(model: BaseAlgorithm, folder: str | os.PathLike[str], keep: int = 1) -> pathlib.Path:
     """
     Save all that learns: agent, optimizers, counters, replay buffer with improved actions, VecNormalize's statistics, action
     noise, and the states of Python's, NumPy's, torch's, CUDA's and the action space's random generators.
@@ -65,7 +69,7 @@ def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) 
     running episode; the counters of ``TimeLimit`` and ``Monitor`` are kept with it, in a ``DummyVecEnv``. Of any other the
     running episode is dropped.
 
-    :param model: the agent, with an environment
+    :param model: the agent, with an environment: a DIPO, or another of SB3's algorithms to compare it with
     :param folder: where the checkpoints of this run lie, each in a directory of its own; made if it is missing
     :param keep: number of whole checkpoints to keep, at least 1; older ones are removed
     :return: the new checkpoint's directory
@@ -80,8 +84,9 @@ def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) 
         # opened here, as SB3 leaves open what it could not write
         with (path / "model.zip").open("wb") as file:
             model.save(file)
-        with (path / "replay_buffer.pkl").open("wb") as file:
-            model.save_replay_buffer(file)
+        if isinstance(model, OffPolicyAlgorithm):
+            with (path / "replay_buffer.pkl").open("wb") as file:
+                model.save_replay_buffer(file)
         vec_normalize = unwrap_vec_normalize(model.env)
         if vec_normalize is not None:
             vec_normalize.save(str(path / "vecnormalize.pkl"))
@@ -115,10 +120,10 @@ def save_checkpoint(model: DIPO, folder: str | os.PathLike[str], keep: int = 1) 
 def load_checkpoint(
     folder: str | os.PathLike[str],
     env: GymEnv,
-    algorithm: type[DIPO] = DIPO,
+    algorithm: type[Algorithm] = DIPO,  # type: ignore[assignment]  # a default says nothing of the variable
     device: th.device | str = "auto",
     **kwargs: Any,
-) -> DIPO:
+) -> Algorithm:
     """
     Load the newest whole checkpoint; ``learn(max(0, total - model.num_timesteps), reset_num_timesteps=False)`` goes on.
 
@@ -151,7 +156,8 @@ def load_checkpoint(
     if exact and not _gives_state(vec_env):
         raise ValueError("`env` must have `get_env_state()` and `set_env_state(state)`, as the checkpoint's had.")
     model = algorithm.load(path / "model.zip", env=vec_env, device=device, force_reset=not exact, **kwargs)
-    model.load_replay_buffer(path / "replay_buffer.pkl", truncate_last_traj=False)
+    if isinstance(model, OffPolicyAlgorithm):
+        model.load_replay_buffer(path / "replay_buffer.pkl", truncate_last_traj=False)
     if exact:
         vec_env.reset()  # wrappers ask for one
         _set_environment_state(vec_env, state)
@@ -172,8 +178,6 @@ class ExactCheckpointCallback(BaseCallback):
     :param keep: number of checkpoints to keep, at least 1
     :param verbose: 1 says when a checkpoint is written
     """
-
-    model: DIPO
 
     def __init__(self, save_freq: int, folder: str | os.PathLike[str], keep: int = 1, verbose: int = 0):
         super().__init__(verbose)
@@ -314,10 +318,10 @@ def _with_statistics(env: VecEnv, path: pathlib.Path) -> VecEnv:
     return env
 
 
-def _drop_running_episode(model: DIPO) -> None:
+def _drop_running_episode(model: BaseAlgorithm) -> None:
     """Its last transition is followed by one of another episode."""
-    replay_buffer: Any = model.replay_buffer
-    if replay_buffer.size() == 0:
+    replay_buffer: Any = getattr(model, "replay_buffer", None)
+    if replay_buffer is None or replay_buffer.size() == 0:
         return
     last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
     if isinstance(replay_buffer, HerReplayBuffer):
@@ -333,7 +337,7 @@ def _drop_running_episode(model: DIPO) -> None:
 # ------------------------------------------------------------------------------------------------- random generators
 
 
-def _random_state(model: DIPO) -> dict[str, Any]:
+def _random_state(model: BaseAlgorithm) -> dict[str, Any]:
     legacy: Any = np.random.get_state()
     kind, keys, *rest = legacy
     return {
@@ -345,7 +349,7 @@ def _random_state(model: DIPO) -> dict[str, Any]:
     }
 
 
-def _set_random_state(model: DIPO, state: dict[str, Any]) -> None:
+def _set_random_state(model: BaseAlgorithm, state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
