@@ -13,7 +13,7 @@ import pickle
 import random
 import shutil
 import warnings
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import gymnasium as gym
 import numpy as np
@@ -117,13 +117,29 @@ def save_checkpoint(model: BaseAlgorithm, folder: str | os.PathLike[str], keep: 
     return path
 
 
+@overload
+def load_checkpoint(
+    folder: str | os.PathLike[str], env: GymEnv, *, device: th.device | str = "auto", **kwargs: Any
+) -> DIPO: ...
+
+
+@overload
 def load_checkpoint(
     folder: str | os.PathLike[str],
     env: GymEnv,
-    algorithm: type[Algorithm] = DIPO,  # type: ignore[assignment]  # a default says nothing of the variable
+    algorithm: type[Algorithm],
     device: th.device | str = "auto",
     **kwargs: Any,
-) -> Algorithm:
+) -> Algorithm: ...
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str],
+    env: GymEnv,
+    algorithm: type[BaseAlgorithm] = DIPO,
+    device: th.device | str = "auto",
+    **kwargs: Any,
+) -> BaseAlgorithm:
     """
     Load the newest whole checkpoint; ``learn(max(0, total - model.num_timesteps), reset_num_timesteps=False)`` goes on.
 

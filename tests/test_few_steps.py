@@ -48,24 +48,24 @@ def write_curve(folder: Path, env: str, setting: str, seed: int, returns: list[f
 @pytest.mark.slow
 def test_runs_and_report(tmp_path: Path) -> None:
     sizes = ("--steps", "305", "--learning-starts", "300", "--eval-freq", "200")
-    for setting in ("paper", "few"):
+    for setting in ("paper", "long"):
         done = call("run", "--setting", setting, *sizes, "--out", "here", cwd=tmp_path)
         assert done.returncode == 0, (done.returncode, done.stderr)
         about, _, *rows = (tmp_path / "here" / f"Pendulum-v1-{setting}-seed0.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows] == ["200", "305"]
-        assert json.loads(about[2:])["settings"]["action_gradient_steps"] == {"paper": 20, "few": 5}[setting]
+        assert json.loads(about[2:])["settings"]["action_gradient_steps"] == {"paper": 20, "long": 5}[setting]
 
-    kept = (tmp_path / "here" / "Pendulum-v1-few-seed0.csv").read_bytes()
-    again = call("run", "--setting", "few", "--steps", "400", "--out", "here", cwd=tmp_path)
+    kept = (tmp_path / "here" / "Pendulum-v1-long-seed0.csv").read_bytes()
+    again = call("run", "--setting", "long", "--steps", "400", "--out", "here", cwd=tmp_path)
     assert again.returncode == 1 and "holds a finished run of 305 steps" in again.stderr
-    assert (tmp_path / "here" / "Pendulum-v1-few-seed0.csv").read_bytes() == kept
+    assert (tmp_path / "here" / "Pendulum-v1-long-seed0.csv").read_bytes() == kept
 
     done = call("report", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    assert "Pendulum-v1, after 305 steps, n = 1 and 1: no claim" in done.stdout
-    assert "No runs of HalfCheetah-v5" in done.stdout and "Missing: Pendulum-v1, few, seed 4 (no curve)" in done.stdout
+    assert "Pendulum-v1, long, after 305 steps, n = 1 and 1: no claim" in done.stdout
+    assert "No runs of HalfCheetah-v5" in done.stdout and "Missing: Pendulum-v1, long, seed 4 (no curve)" in done.stdout
     assert names(tmp_path) == {"here"}
-    curves = {f"Pendulum-v1-{setting}-seed0.csv" for setting in ("paper", "few")}
+    curves = {f"Pendulum-v1-{setting}-seed0.csv" for setting in ("paper", "long")}
     assert names(tmp_path / "here") == curves | {"few_steps.md", "few_steps.svg"}
 
 
@@ -73,9 +73,9 @@ def test_runs_and_report(tmp_path: Path) -> None:
 def test_report_by_hand(tmp_path: Path) -> None:
     env = "Pendulum-v1"
     for seed in range(5):
-        # Final returns, of the last three: -200, -190, ..., -160. The middle three count: IQM -180, and -210 for few.
+        # Final returns, of the last three: -200, -190, ..., -160. The middle three count: IQM -180, and -210 for long.
         write_curve(tmp_path, env, "paper", seed, [-900, -210 + 10 * seed, -200 + 10 * seed, -190 + 10 * seed], 4_000, 40)
-        write_curve(tmp_path, env, "few", seed, [-900, -230 + 10 * seed, -230 + 10 * seed, -230 + 10 * seed], 4_000, 10)
+        write_curve(tmp_path, env, "long", seed, [-900, -230 + 10 * seed, -230 + 10 * seed, -230 + 10 * seed], 4_000, 10)
     for seed in (0, 1):
         write_curve(tmp_path, "HalfCheetah-v5", "paper", seed, [0.0, 100.0, 200.0], 3_000, 50)
     write_curve(tmp_path, "HalfCheetah-v5", "few", 1, [0.0, 100.0], 3_000, 50)  # cut off
@@ -83,23 +83,24 @@ def test_report_by_hand(tmp_path: Path) -> None:
     assert done.returncode == 0, (done.returncode, done.stderr)
     table = (tmp_path / "few_steps.md").read_text()
     assert re.search(r"paper: .* \| 5 \| -200\.0, -190\.0, -180\.0, -170\.0, -160\.0 \| -180\.0 \[[^]]*\] \| 40\.0 \|", table)
-    assert re.search(r"few: .* \| 5 \| -230\.0, -220\.0, -210\.0, -200\.0, -190\.0 \| -210\.0 \[[^]]*\] \| 10\.0 \|", table)
-    found = re.search(r"\| Pendulum-v1 \| 4,000 \| -30\.0 \[(\S+), (\S+)\] \| \[(\S+), (\S+)\] \| 4\.00 \|", table)
+    assert re.search(r"long: .* \| 5 \| -230\.0, -220\.0, -210\.0, -200\.0, -190\.0 \| -210\.0 \[[^]]*\] \| 10\.0 \|", table)
+    found = re.search(r"\| Pendulum-v1 \| long \| 4,000 \| -30\.0 \[(\S+), (\S+)\] \| \[(\S+), (\S+)\] \| 4\.00 \|", table)
     assert found
     low, high, welch_low, welch_high = map(float, found.groups())
 
     # Bootstrap by hand: sort five draws, and average the middle three.
     rng = np.random.default_rng(1)
-    few, paper = (np.sort(rng.choice(start + 10 * np.arange(5), (100_000, 5)))[:, 1:4].mean(axis=1) for start in (-230, -200))
-    np.testing.assert_allclose((low, high), np.percentile(few - paper, [2.5, 97.5]), atol=1.5)
+    long, paper = (np.sort(rng.choice(start + 10 * np.arange(5), (100_000, 5)))[:, 1:4].mean(axis=1) for start in (-230, -200))
+    np.testing.assert_allclose((low, high), np.percentile(long - paper, [2.5, 97.5]), atol=1.5)
     # Equal variances of 250: standard error 10, 8 degrees of freedom.
     np.testing.assert_allclose((welch_low, welch_high), (-30 - 23.06, -30 + 23.06), atol=0.06)
     assert f"a loss was detected, of {-high:.1f} to {-low:.1f} = {-low / 1_051:.1%} of the paper" in table  # -180 + 1,231
 
-    assert "HalfCheetah-v5, after 3,000 steps, n = 2 and 0: no claim" in table
+    assert "HalfCheetah-v5, few, after 3,000 steps, n = 0 and 2: no claim" in table
     missing = re.findall(r"Missing: (.*)\.", table)
     assert missing == [
         "HalfCheetah-v5, paper, seed 2 (no curve)",
+        *(f"HalfCheetah-v5, long, seed {seed} (no curve)" for seed in range(3)),
         "HalfCheetah-v5, few, seed 0 (no curve)",
         "HalfCheetah-v5, few, seed 1 (only 2,000 of 3,000 steps)",
         "HalfCheetah-v5, few, seed 2 (no curve)",
@@ -107,7 +108,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
     picture = (tmp_path / "few_steps.svg").read_bytes()
     assert len(picture) > 10_000
     earlier = call("report", "--out", ".", "--steps", "2000", cwd=tmp_path)
-    assert "HalfCheetah-v5, after 2,000 steps, n = 2 and 1" in earlier.stdout
+    assert "HalfCheetah-v5, few, after 2,000 steps, n = 1 and 2" in earlier.stdout
     assert call("report", "--out", ".", cwd=tmp_path).returncode == 0
     assert (tmp_path / "few_steps.md").read_text() == table and (tmp_path / "few_steps.svg").read_bytes() == picture
 
@@ -126,13 +127,13 @@ def test_claims(script: ModuleType) -> None:
 
 
 def test_settings(script: ModuleType) -> None:
-    """The paper's setting is that of the hyper-parameter file, but for K; the other changes steps alone; DIPO takes both."""
+    """The paper's setting is that of the hyper-parameter file, but for K; the others change steps alone; DIPO takes all."""
     entries = yaml.safe_load((ROOT / "hyperparams" / "dipo.yml").read_text())
     for env, settings in script.SETTINGS.items():
         exempt = {"policy_kwargs"} | ({"action_gradient_steps"} if env == "Pendulum-v1" else set())
         for setting, arguments in settings.items():
             model = DIPO("MlpPolicy", "Pendulum-v1", **arguments)
-            steps = exempt | ({"action_gradient_steps", "action_lr"} if setting == "few" else set())
+            steps = exempt | ({"action_gradient_steps", "action_lr"} if setting != "paper" else set())
             for key in {"action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm"} - steps:
                 assert getattr(model, key) == entries[env][key], (env, setting, key)
             assert model.actor_target_update_interval == entries[env]["actor_target_update_interval"]

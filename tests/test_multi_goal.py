@@ -133,7 +133,8 @@ def test_the_picture_shows_the_path() -> None:
 def test_processes_that_have_not_imported_the_package_find_it() -> None:
     # Gymnasium imports what is before the colon
     env = make_vec_env(f"sb3_dipo:{ID}", 2, seed=0, vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="spawn"))
-    assert env.reset().shape == (2, 2)
+    observations: Any = env.reset()
+    assert observations.shape == (2, 2)
     env.close()
 
 

@@ -1,0 +1,152 @@
+"""Train DIPO, SAC, TD3 and PPO where four goals are equally good, and see how evenly each goes to them (Figures 5, 11-14).
+
+    python examples/multi_goal.py --quick
+    python examples/multi_goal.py --out runs/multi_goal
+
+An iteration is one update at one environment step, after 1,000 random steps (PPO: as many environment steps). Writes, of 400
+rollouts every 1,000 iterations, evenness.csv; at the end, multi_goal.md (a table), evenness.png, policies.png (Figure 5: each
+agent at the end, first seed), and <agent>.png (Figures 11-14: the first seed every 1,000 iterations).
+
+Cut off and started again, it goes on, to the same files. Several processes may share a folder if each has its own --seeds or
+--algorithms; once more without them draws all.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from experiments import Training, arguments, log_to, markdown_table, train_all, write
+from multi_goal_figures import draw_evenness, draw_policies, label
+from scipy.stats import entropy  # type: ignore[import-untyped]
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import set_random_seed
+
+from sb3_dipo.envs.multi_goal import GOALS
+
+ENV = "sb3_dipo/MultiGoal-v0"
+RANDOM_STEPS = 1_000
+ROLLOUTS = 400
+GOAL_NAMES = ("up", "down", "right", "left")
+DIPO: dict[str, Any] = dict(policy_kwargs=dict(num_train_timesteps=20))
+# Beside the paper's four: what may make DIPO spread, or not.
+AGENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dipo": ("dipo", DIPO),
+    "sac": ("sac", {}),
+    "td3": ("td3", {}),
+    "ppo": ("ppo", {}),
+    "dipo-no-write-back": ("dipo", {**DIPO, "persist_improved_actions": False}),
+    "dipo-long-steps": ("dipo", {**DIPO, "action_gradient_steps": 5, "action_lr": 0.12}),
+}
+
+
+def rollouts(model: BaseAlgorithm, start: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Play one episode in each of 400 environments, with actions that the policy samples.
+
+    :param start: "origin", or "spread" for the environment's own starts
+    :return: index of the goal that each reached or -1, and the returns, both of shape (400,)
+    """
+    env = make_vec_env(ENV, ROLLOUTS, seed=0)
+    env.set_options({"position": (0.0, 0.0)} if start == "origin" else {})
+    observations: Any = env.reset()
+    goals, returns, running = np.full(ROLLOUTS, -1), np.zeros(ROLLOUTS), np.full(ROLLOUTS, True)
+    while running.any():
+        actions, _ = model.predict(observations, deterministic=False)
+        observations, rewards, dones, infos = env.step(actions)
+        returns += rewards * running
+        for index in np.flatnonzero(running & dones):
+            goals[index] = infos[index]["goal"]
+        running &= ~dones
+    return goals, returns
+
+
+def evenness(goals: np.ndarray) -> tuple[np.ndarray, float]:
+    """
+    :param goals: index of the goal that each rollout reached or -1
+    :return: share of the rollouts at each goal, shape (4,), and the entropy of those that reached one, over its largest: 1 if
+        the goals are reached equally often, 0 if all rollouts go to one, or none to any
+    """
+    counts = np.bincount(goals[goals >= 0], minlength=len(GOALS))
+    return counts / len(goals), float(entropy(counts, base=len(GOALS))) if counts.any() else 0.0
+
+
+def measure(training: Training) -> pd.DataFrame:
+    """How evenly each of the agents that were kept goes to the goals: a row for each start, kept beside them."""
+    file = training.folder / "evenness.csv"
+    if not file.exists():
+        rows: list[dict[str, Any]] = []
+        for step in training.snapshots:
+            model = training.agent(step)
+            for start in ("origin", "spread"):
+                set_random_seed(0)
+                goals, returns = rollouts(model, start)
+                shares, even = evenness(goals)
+                of = dict(agent=name_of(training), seed=training.seed, iteration=step - training.learning_starts, start=start)
+                found = dict(none=1 - shares.sum(), evenness=even, rarest=shares.min(), mean_return=returns.mean())
+                rows.append(of | dict(zip(GOAL_NAMES, shares, strict=True)) | found)
+        write(file, to_csv(pd.DataFrame(rows)))
+    return pd.read_csv(file)
+
+
+def to_csv(rows: pd.DataFrame) -> str:
+    return str(rows.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+
+
+def name_of(training: Training) -> str:
+    return training.folder.parent.name
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Means over seeds, and their range."""
+    columns = dict(evenness=2, rarest=3, none=3, mean_return=1)
+    lines = []
+    for start in ("origin", "spread"):
+        for agent, own in rows[rows["start"] == start].groupby("agent", sort=False):
+            cells = [f"{own[c].mean():.{d}f} ({own[c].min():.{d}f} to {own[c].max():.{d}f})" for c, d in columns.items()]
+            lines.append((label(agent), start, len(own), *cells))
+    head = ("agent", "start", "seeds", "evenness", "share of the rarest goal", "share at none", "mean return")
+    return markdown_table(head, lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = arguments(__doc__ or "", "runs/multi_goal", "300 iterations, one seed, K = 3: under a minute", AGENTS)
+    parser.add_argument("--iterations", type=int, default=10_000, help="a multiple of ten (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    iterations, seeds, every, starts = args.iterations, args.seeds, args.iterations // 10, RANDOM_STEPS
+    if args.quick:
+        iterations, seeds, every, starts = 300, [0], 100, 100
+        DIPO["policy_kwargs"]["num_train_timesteps"] = 3
+    log_to(args.out)
+    snapshots = tuple(starts + done for done in range(every, iterations + 1, every))
+    machine = dict(device=args.device, accelerate=args.accelerate)
+    trainings = [
+        Training(args.out / name / f"seed{seed}", AGENTS[name][0], ENV, seed, snapshots, starts, AGENTS[name][1], machine)
+        for seed in seeds
+        for name in args.algorithms
+    ]
+    train_all(trainings)
+
+    trainings.sort(key=lambda training: args.algorithms.index(name_of(training)))
+    rows = pd.concat([measure(training) for training in trainings])
+    write(args.out / "evenness.csv", to_csv(rows))
+    text = table(rows[rows["iteration"] == iterations])
+    write(args.out / "multi_goal.md", f"After {iterations:,} iterations, {ROLLOUTS} rollouts each; mean and range:\n\n{text}")
+    draw_evenness(rows[rows["start"] == "origin"], args.out / "evenness.png")
+    first = {name_of(training): training for training in trainings if training.seed == seeds[0]}
+    final = {label(name): training.agent(training.steps) for name, training in first.items()}
+    draw_policies(final, args.out / "policies.png", f"Actions and values after {iterations:,} iterations, seed {seeds[0]}")
+    for name, training in first.items():
+        agents = {f"{step - starts:,} iterations": training.agent(step) for step in snapshots}
+        draw_policies(agents, args.out / f"{name}.png", f"{label(name)}, seed {seeds[0]}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

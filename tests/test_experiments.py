@@ -1,0 +1,163 @@
+"""Experiments go on where they were killed, to the same files, and measure what they say."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def multi_goal() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        import multi_goal
+
+        yield multi_goal
+        for name in ("multi_goal", "multi_goal_figures", "experiments"):
+            del sys.modules[name]
+
+
+def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(EXAMPLES / "multi_goal.py"), *arguments]
+    pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, **pipe)
+
+
+def finish(*arguments: str, cwd: Path) -> str:
+    process = start(*arguments, cwd=cwd)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    return out
+
+
+@pytest.mark.slow
+def test_multi_goal_and_again_after_kill_9(tmp_path: Path) -> None:
+    printed = finish("--quick", "--out", "whole", cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole"}
+    agents, drawn = {"dipo", "sac", "td3", "ppo"}, {"policies.png", "evenness.png", "evenness.csv", "multi_goal.md"}
+    written = {path.name for path in (tmp_path / "whole").iterdir()} - {"warnings.log"}
+    assert written == agents | drawn | {f"{agent}.png" for agent in agents}
+    for path in (tmp_path / "whole").glob("*.png"):
+        assert 5_000 < path.stat().st_size < 200 * 1024, path
+    rows = pd.read_csv(tmp_path / "whole" / "evenness.csv")
+    assert list(rows.groupby(["agent", "iteration", "start"]).size()) == [1] * 24
+    np.testing.assert_allclose(rows[["up", "down", "right", "left", "none"]].sum(axis=1), 1, atol=3e-4)
+    np.testing.assert_allclose(rows["rarest"], rows[["up", "down", "right", "left"]].min(axis=1))
+    assert all(f"| {name} | origin | 1 |" in printed for name in ("DIPO", "SAC", "TD3", "PPO"))
+
+    # Killed between two of DIPO's snapshots, then with PPO whole and SAC begun.
+    few = ("--quick", "--algorithms", "dipo", "ppo", "sac", "--out", "cut")
+    for snapshot in ("dipo/seed0/200.zip", "sac/seed0/200.zip"):
+        process = start(*few, cwd=tmp_path)
+        while not (tmp_path / "cut" / snapshot).exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "cut" / "evenness.csv").exists()
+    finish(*few, cwd=tmp_path)
+    for name in ("dipo", "ppo", "sac"):
+        for file in (f"{name}/seed0/evenness.csv", f"{name}.png"):
+            assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*.zip")}
+    files = {path: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.is_file()}
+    assert finish("--quick", "--out", "whole", cwd=tmp_path) == printed
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*.zip")}  # nothing trained again
+    assert files == {path: path.read_bytes() for path in files}
+
+    process = start("--iterations", "500", "--seeds", "0", "--out", "whole", cwd=tmp_path)
+    assert "with other settings" in process.communicate()[1] and process.returncode == 1
+
+
+def test_a_cut_training_goes_on_from_its_last_checkpoint(multi_goal: ModuleType, tmp_path: Path) -> None:
+    from tqdm import tqdm
+
+    class Killed(Exception):
+        pass
+
+    class Bar(tqdm):
+        """Kills the training at a number of steps."""
+
+        at, moved = 10_000, 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.moved += int(n or 0)
+            if self.moved >= self.at:
+                raise Killed
+            return None
+
+    def weights(training: Any) -> th.Tensor:
+        return th.cat([parameter.flatten() for parameter in training.agent(2_200).policy.parameters()])
+
+    tiny = dict(policy_kwargs=dict(net_arch=[8], num_train_timesteps=3), action_gradient_steps=2)
+    settings = ("dipo", multi_goal.ENV, 4, (1_050, 2_200), 1_000, tiny)
+    whole, cut = (multi_goal.Training(tmp_path / name, *settings) for name in ("whole", "cut"))
+    whole.train(Bar(disable=True))
+    killed = Bar(disable=True)
+    killed.at = 1_500
+    with pytest.raises(Killed):
+        cut.train(killed)
+    assert cut.reached == 1_050 and (cut.folder / "exact").is_dir()
+    bar = Bar(disable=True)
+    cut.train(bar)
+    assert bar.moved == 2_200 and not (cut.folder / "exact").exists()
+    assert th.equal(weights(whole), weights(cut))
+
+
+def test_evenness_by_hand(multi_goal: ModuleType) -> None:
+    shares, even = multi_goal.evenness(np.array([0, 0, 1, 1, 2, 2, 3, 3, -1, -1]))
+    np.testing.assert_allclose(shares, 0.2)
+    assert even == pytest.approx(1)
+    shares, even = multi_goal.evenness(np.array([2, 2, 1, 1]))
+    np.testing.assert_allclose(shares, [0, 0.5, 0.5, 0])
+    assert even == pytest.approx(0.5)
+    assert multi_goal.evenness(np.array([3, 3]))[1] == 0
+    assert multi_goal.evenness(np.array([-1, -1]))[1] == 0
+
+
+class Compass:
+    """Goes to the goal that the number of its row, or its place, tells."""
+
+    def predict(self, observations: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
+        rows = np.arange(len(observations)) % 5
+        ways = np.array([[0, 1], [0, -1], [1, 0], [-1, 0], [0, 0]], np.float32)
+        return ways[rows], None
+
+
+def test_rollouts_tell_where_each_ended(multi_goal: ModuleType) -> None:
+    for begin in ("origin", "spread"):
+        goals, returns = multi_goal.rollouts(Compass(), begin)
+        np.testing.assert_array_equal(goals, np.tile([0, 1, 2, 3, -1], 80))
+        if begin == "origin":  # 1, 2, 3, 4: from 16 + 9 + 4 + 1 to the goal, four moves, and the prize
+            np.testing.assert_allclose(returns, np.tile([*[-30 - 4 + 10] * 4, -25 * 30], 80), rtol=1e-5)
+        else:
+            assert returns.std() > 0 and (returns[4::5] != -750).all()
+
+
+def test_surface_is_the_smaller_critic_at_the_policys_action(multi_goal: ModuleType) -> None:
+    from multi_goal_figures import values
+
+    from sb3_dipo import DIPO
+
+    states = np.array([[1.0, 2.0], [-3.0, 4.0]])
+    model = DIPO("MlpPolicy", multi_goal.ENV, policy_kwargs=dict(net_arch=[8], num_train_timesteps=3), seed=0, device="cpu")
+    observations = th.tensor(states, dtype=th.float32)
+    action = th.as_tensor(model.predict(states.astype(np.float32), deterministic=True)[0])
+    both: Any = model.policy.critic(observations, action)
+    np.testing.assert_allclose(values(model, states), th.minimum(*both).detach().numpy()[:, 0])
+    ppo: Any = PPO("MlpPolicy", multi_goal.ENV, n_steps=8, batch_size=8, seed=0, device="cpu")
+    np.testing.assert_allclose(values(ppo, states), ppo.policy.predict_values(observations).detach().numpy()[:, 0])
