@@ -33,12 +33,14 @@ CLASSES: dict[str, type[BaseAlgorithm]] = dict(dipo=DIPO, sac=SAC, td3=TD3, ppo=
 NAMES = dict(dipo="DIPO", sac="SAC", td3="TD3", ppo="PPO")
 COLORS = dict(dipo="tab:blue", sac="tab:orange", td3="tab:green", ppo="tab:red")
 # Tables 2 and 3, for the tasks that they name; what is not named is DIPO's default, which is the paper's, too.
+# `exploration_noise` is the standard deviation of an `action_noise`.
 WIDE = dict(net_arch=[256, 256])
 PAPER: dict[str, dict[str, Any]] = dict(
     dipo=dict(),
     sac=dict(learning_rate=3e-4, batch_size=256, ent_coef=0.2, policy_kwargs={**WIDE, "activation_fn": th.nn.ReLU}),
     td3=dict(
         learning_rate=3e-4,
+        exploration_noise=0.1,
         batch_size=256,
         target_policy_noise=0.2,
         target_noise_clip=0.5,
@@ -121,15 +123,13 @@ class Training:
         shutil.rmtree(exact)
 
     def new_agent(self, env: Any) -> BaseAlgorithm:
-        settings = (
-            PAPER[self.algorithm] | (PAPER_TASKS.get(self.env_id, {}) if self.algorithm == "dipo" else {}) | self.settings
-        )
-        cls = CLASSES[self.algorithm]
+        cls, noise = CLASSES[self.algorithm], "exploration_noise"
+        settings = PAPER[self.algorithm] | (PAPER_TASKS.get(self.env_id, {}) if cls is DIPO else {}) | self.settings
         if issubclass(cls, OffPolicyAlgorithm):
             settings |= dict(buffer_size=min(self.steps, 1_000_000), learning_starts=self.learning_starts)
-        if cls is TD3:
+        if noise in settings:
             size = env.action_space.shape
-            settings |= dict(action_noise=NormalActionNoise(np.zeros(size), np.full(size, 0.1)))
+            settings["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, settings.pop(noise)))
         machine = {name: value for name, value in self.machine.items() if name == "device" or cls is DIPO}
         return cls("MlpPolicy", env, seed=self.seed, **settings, **machine)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def test_multi_goal_and_again_after_kill_9(tmp_path: Path) -> None:
     for path in (tmp_path / "whole").glob("*.png"):
         assert 5_000 < path.stat().st_size < 200 * 1024, path
     rows = pd.read_csv(tmp_path / "whole" / "evenness.csv")
-    assert list(rows.groupby(["agent", "iteration", "start"]).size()) == [1] * 24
+    assert list(rows.groupby(["agent", "iteration", "start"]).size()) == [1] * 33  # PPO has no Q to climb
     np.testing.assert_allclose(rows[["up", "down", "right", "left", "none"]].sum(axis=1), 1, atol=3e-4)
     np.testing.assert_allclose(rows["rarest"], rows[["up", "down", "right", "left"]].min(axis=1))
     assert all(f"| {name} | origin | 1 |" in printed for name in ("DIPO", "SAC", "TD3", "PPO"))
@@ -146,6 +146,21 @@ def test_rollouts_tell_where_each_ended(multi_goal: ModuleType) -> None:
             np.testing.assert_allclose(returns, np.tile([*[-30 - 4 + 10] * 4, -25 * 30], 80), rtol=1e-5)
         else:
             assert returns.std() > 0 and (returns[4::5] != -750).all()
+
+
+def test_climbs_end_where_q_is_highest(multi_goal: ModuleType) -> None:
+    """Q has a top at each of (0.8, 0), (0, -0.8) and (0.6, 0.6), which is between two goals."""
+
+    def critic(observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        tops = th.tensor([[0.8, 0.0], [0.0, -0.8], [0.6, 0.6]])
+        q = -(actions[:, None] - tops).square().sum(-1).min(dim=1, keepdim=True).values
+        return q, q + observations.abs().sum(dim=1, keepdim=True)
+
+    th.manual_seed(0)
+    ends = multi_goal.climbs(SimpleNamespace(policy=SimpleNamespace(critic=critic), device="cpu"))
+    x, y = (2 * th.rand(400, 2, generator=th.manual_seed(0)) - 1).numpy().T
+    distances = np.stack([(x - 0.8) ** 2 + y**2, x**2 + (y + 0.8) ** 2, (x - 0.6) ** 2 + (y - 0.6) ** 2])
+    np.testing.assert_array_equal(ends, np.array([2, 1, -1])[distances.argmin(axis=0)])
 
 
 def test_surface_is_the_smaller_critic_at_the_policys_action(multi_goal: ModuleType) -> None:
