@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ class Training:
     def new_agent(self, env: Any) -> BaseAlgorithm:
         cls, noise = CLASSES[self.algorithm], "exploration_noise"
         settings = PAPER[self.algorithm] | (PAPER_TASKS.get(self.env_id, {}) if cls is DIPO else {}) | self.settings
+        settings = deepcopy(settings)  # SB3 writes into what it is given
         if issubclass(cls, OffPolicyAlgorithm):
             settings |= dict(buffer_size=min(self.steps, 1_000_000), learning_starts=self.learning_starts)
         if noise in settings:
@@ -137,10 +139,11 @@ class Training:
         """Write what is trained here, or see that it is the same as what was."""
         mine = json.dumps({**asdict(self), "folder": None, "machine": None}, indent=1)
         file = self.folder / "training.json"
-        if file.exists() and file.read_text() != mine:
-            raise SystemExit(f"{self.folder} holds a training with other settings (training.json): choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write(file, mine)
+        if not file.exists():
+            write(file, mine)
+        if file.read_text() != mine:
+            raise SystemExit(f"{self.folder} holds a training with other settings (training.json): choose another --out")
 
 
 class Keep(BaseCallback):
