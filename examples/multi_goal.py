@@ -126,7 +126,9 @@ def table(rows: pd.DataFrame) -> str:
     lines = []
     for start in ("origin", "spread", "climb"):
         for agent, own in rows[rows["start"] == start].groupby("agent", sort=False):
-            cells = [f"{own[c].mean():.{d}f} ({own[c].min():.{d}f} to {own[c].max():.{d}f})" for c, d in columns.items()]
+            own = own.dropna(axis=1)  # what climbs has no return
+            spread = {c: (own[c].mean(), own[c].min(), own[c].max(), d) for c, d in columns.items() if c in own}
+            cells = ["{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*spread[c]) if c in spread else "" for c in columns]
             lines.append((label(agent), start, len(own), *cells))
     head = ("agent", "start", "seeds", "evenness", "share of the rarest goal", "share at none", "mean return")
     return markdown_table(head, lines)
