@@ -281,7 +281,10 @@ def report(args: argparse.Namespace) -> None:
         notes += remarks(env, runs, at)
         axes.axhline(AT_RANDOM[env], color="grey", linestyle=":", label="random actions")
         axes.set(xlabel="environment steps", ylabel=f"mean return of {EPISODES} episodes")
-        axes.set_title("\n".join([env, *(fill(f"{setting}: {line}", 68) for setting, line in said.items())]), fontsize="small")
+        axes.set_title(
+            "\n".join([env, *(fill(f"{setting}: {line.partition(' (')[0]}", 68) for setting, line in said.items())]),
+            fontsize="small",
+        )
         axes.legend(frameon=False, fontsize="small")
     explanation = [
         f"Each evaluation plays the same {EPISODES} starts with deterministic=False. Settings: steps of the sampler, then of",

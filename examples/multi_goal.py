@@ -7,8 +7,9 @@ An iteration is one update at one environment step, after 1,000 random steps (PP
 rollouts every 1,000 iterations, evenness.csv; at the end, multi_goal.md (a table), evenness.png, policies.png (Figure 5: each
 agent at the end, first seed), and <agent>.png (Figures 11-14: the first seed every 1,000 iterations).
 
-Cut off and started again, it goes on, to the same files. Several processes may share a folder if each has its own --seeds or
---algorithms; once more without them draws all.
+A seed takes DIPO about 10 minutes on one thread with --accelerate compile, SAC and TD3 two, PPO less than one, and to measure
+each takes one more. Cut off and started again, it goes on, to the same files. Several processes may share a folder if each has
+its own --seeds or --algorithms; once more without them draws all.
 """
 
 import argparse
