@@ -40,7 +40,7 @@ def test_all_competitors(tmp_path: Path) -> None:
     left_out = {name for name, notes in content["notes"].items() if any(note.startswith("left out") for note in notes)}
     assert left_out == set()
     dipos = {f"{name}, {mode}" for name in content["settings"] for mode in ("off", "auto")}
-    assert len(content["settings"]) == 4
+    assert len(content["settings"]) == 5
     rows = {(row["measure"], row["name"]): row for row in content["results"]}
     for measure, unit in MEASURES.items():
         naive = set() if measure.startswith("learn") else {NAIVE}
