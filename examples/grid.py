@@ -1,0 +1,363 @@
+"""Algorithms x tasks x seeds, each trained by the RL Zoo in a process of its own, here or on many machines.
+
+What has finished is not trained again, what was cut off goes on from its last checkpoint, what fails is tried again. See
+`learning_curves.py` and `ablations.py`, which are started; this is what they share.
+"""
+
+import argparse
+import difflib
+import importlib.resources
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from experiments import CLASSES, NAMES, PAPER, log_to, write
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+TRAIN = Path(__file__).with_name("grid_train.py")
+PACKAGES = ("sb3_dipo", "torch", "numpy", "stable_baselines3", "rl_zoo3", "gymnasium", "mujoco", "rliable")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm and what differs from its YAML; ``policy_kwargs`` take the place of the YAML's."""
+
+    algo: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+
+FEW = dict(num_train_timesteps=100, num_inference_steps=10, solver="dpmpp_2m", timestep_spacing="lambda")
+VARIANTS = {
+    **{algo: Variant(algo, label=label) for algo, label in NAMES.items()},
+    "dipo_k20": Variant("dipo", dict(policy_kwargs=dict(num_train_timesteps=20)), "DIPO, K = 20"),
+    "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5, action_lr=0.12), "DIPO, few steps"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """
+    One training.
+
+    :param folder: of this run alone
+    :param env: task, as Gymnasium has it
+    :param name: of the variant
+    :param algo: as the zoo has it
+    :param seed: of the agent and the environment
+    :param steps: environment steps
+    :param eval_freq: environment steps from one evaluation, and checkpoint, to the next
+    :param eval_episodes: episodes of each
+    :param settings: an entry of the zoo's YAML
+    :param machine: how it is computed, which changes no result but for rounding: ``device``, and settings
+    """
+
+    folder: Path
+    env: str
+    name: str
+    algo: str
+    seed: int
+    steps: int
+    eval_freq: int
+    eval_episodes: int
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.env}, {self.name}, seed {self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """Where the zoo writes."""
+        return self.folder / self.algo / f"{self.env.replace('/', '-')}_1"
+
+    @property
+    def finished(self) -> bool:
+        return (self.results / "finished.json").exists()
+
+    @property
+    def reached(self) -> int:
+        """Environment steps."""
+        progress = self.read("progress.json") or {"steps": 0}
+        return self.steps if self.finished else int(progress["steps"])
+
+    def read(self, name: str) -> Any:
+        """A file of the results, or None."""
+        path = self.results / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def command(self) -> list[str]:
+        options = dict(algo=self.algo, env=self.env, seed=self.seed, n_timesteps=self.steps, eval_freq=self.eval_freq)
+        options |= dict(eval_episodes=self.eval_episodes, log_folder=self.folder, conf_file=self.folder / "hyperparams.yml")
+        options |= dict(device=self.machine["device"], num_threads=1, log_interval=100)
+        given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [sys.executable, str(TRAIN), *given]
+
+    def claim_folder(self) -> None:
+        """Write what is trained here, or see that it is the same as what was."""
+        names = ("env", "name", "algo", "seed", "steps", "eval_freq", "eval_episodes", "settings")
+        mine = json.loads(json.dumps({name: getattr(self, name) for name in names}))
+        file = self.folder / "spec.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            about = dict(command=self.command(), machine=self.machine, versions=versions())
+            entry = self.settings | {key: value for key, value in self.machine.items() if key != "device"}
+            write(self.folder / "hyperparams.yml", yaml.safe_dump({self.env: entry}))
+            write(file, json.dumps({"run": mine, **about}, indent=1))
+        his = json.loads(file.read_text())["run"]
+        if his != mine:
+            differ = ", ".join(f"{name}: {his.get(name)}, not {mine[name]}" for name in names if his.get(name) != mine[name])
+            raise SystemExit(f"{self.folder} holds a training with other settings ({differ}): choose another --out")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def settings(variant: Variant, env: str, steps: int, baselines: str, learning_starts: int | None) -> dict[str, Any]:
+    """An entry of the zoo's YAML: DIPO's from this project's, others' from the zoo's or the paper's Table 2."""
+    cls = CLASSES[variant.algo]
+    off_policy = issubclass(cls, OffPolicyAlgorithm)
+    if variant.algo == "dipo":
+        found = entry((importlib.resources.files("sb3_dipo.hyperparams") / "dipo.yml").read_text(), env)
+    elif baselines == "zoo":
+        zoo = Path(importlib.util.find_spec("rl_zoo3").origin or "").parent  # type: ignore[union-attr]
+        found = entry((zoo / "hyperparams" / f"{variant.algo}.yml").read_text(), env)
+    else:
+        found = {"policy": "MlpPolicy", **PAPER[variant.algo]} | (dict(learning_starts=10_000) if off_policy else {})
+        found["policy_kwargs"] = as_text(found["policy_kwargs"])
+        if "exploration_noise" in found:
+            found |= dict(noise_type="normal", noise_std=found.pop("exploration_noise"))
+    found = {**found, **variant.settings, "n_timesteps": steps}
+    if off_policy:  # a buffer is no larger than what comes into it, as checkpoints hold it
+        found["buffer_size"] = min(steps, found.get("buffer_size", 1_000_000))
+        found |= {} if learning_starts is None else dict(learning_starts=learning_starts)
+    return found
+
+
+def entry(text: str, env: str) -> dict[str, Any]:
+    """A task's, or its older version's, or the default: rl_zoo3 2.9.2 has v4 of the MuJoCo tasks, and no v5."""
+    known = yaml.safe_load(text)
+    name, _, number = env.rpartition("-v")
+    older = [f"{name}-v{n}" for n in range(int(number), -1, -1)] if number.isdecimal() else [env]
+    return dict(next((known[each] for each in older if each in known), known["default"]))
+
+
+def as_text(policy_kwargs: dict[str, Any]) -> str:
+    """As YAML can hold it, and the zoo evaluates it."""
+    words = (
+        f"{key}={f'nn.{value.__name__}' if isinstance(value, type) else repr(value)}" for key, value in policy_kwargs.items()
+    )
+    return f"dict({', '.join(words)})"
+
+
+def read_variants(path: Path) -> dict[str, Variant]:
+    """Of a YAML file: ``name: {algo: dipo, action_lr: 0.1, policy_kwargs: {num_train_timesteps: 50}}``, and so on."""
+    found = yaml.safe_load(path.read_text())
+    if not isinstance(found, dict) or not all(
+        isinstance(each, dict) and each.get("algo") in CLASSES for each in found.values()
+    ):
+        raise SystemExit(f"--variants must be a file with entries `name: {{algo: {'|'.join(CLASSES)}, ...}}`, not {path}")
+    return {name: Variant(each.pop("algo"), each, name) for name, each in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def train(run: Run, retries: int) -> None:
+    """Train to the end, in a process that ends with this one."""
+    if not (run.folder / "spec.json").exists():
+        raise FileNotFoundError(f"{run.folder} is not on {platform.node()}: --out must be on a disk that all machines share")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(retries + 1):
+        with (run.folder / "log.txt").open("a") as log:
+            pipes: Any = dict(stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+            with subprocess.Popen(run.command(), cwd=run.folder, env=environment, **pipes) as process:
+                code = process.wait()
+        if run.finished:
+            return
+    last = (run.folder / "log.txt").read_text().splitlines()[-1:]
+    raise RuntimeError(f"exit status {code} in {retries + 1} attempts; {run.folder / 'log.txt'} ends with: {''.join(last)}")
+
+
+@contextmanager
+def workers(args: argparse.Namespace) -> Iterator[Callable[[Run], "Future[None]"]]:
+    """What takes a run and promises its end: a thread for one at a time, Ray for more."""
+    if not args.address and args.jobs == 1:
+        pool = ThreadPoolExecutor(1)
+        yield lambda run: pool.submit(train, run, args.retries)
+        pool.shutdown()
+        return
+    quiet = dict(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    if not args.address:  # Ray would write a token into the home folder
+        quiet |= dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise SystemExit("--jobs above 1 and --address need Ray: pip install '.[cluster]' -c constraints.txt") from error
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        machine: dict[str, Any] = dict(address=args.address)
+        if not args.address:  # nothing but names passes through the store
+            machine = dict(num_cpus=args.jobs, include_dashboard=False, object_store_memory=100_000_000, _temp_dir=folder)
+        ray.init(**machine, log_to_driver=False, logging_level=logging.ERROR)
+        task = ray.remote(num_cpus=1, num_gpus=args.gpus_per_run, max_retries=args.retries)(train)
+        try:
+            yield lambda run: task.remote(run, args.retries).future()
+        finally:
+            ray.shutdown()
+
+
+def train_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
+    """Train what is not finished, with a line for each that is running; what failed, and why."""
+    failed: dict[Run, str] = {}
+    waiting = [run for run in runs if not run.finished]
+    running: dict[Future[None], Run] = {}
+    if not waiting:
+        return failed
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with workers(args) as start, Progress(*columns, console=Console(stderr=True)) as shown:
+        total = shown.add_task("all", total=sum(run.steps for run in runs))
+        bars: dict[Run, TaskID] = {}
+        before: dict[Run, Any] = {}
+        while waiting or running:
+            while waiting and (args.jobs is None or len(running) < args.jobs):
+                run = waiting.pop(0)
+                before[run] = run.read("progress.json")
+                running[start(run)] = run
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                run, error = running.pop(future), future.exception()
+                if error:
+                    failed[run] = str(error).strip().splitlines()[-1]
+                shown.console.print(f"{run}: {failed.get(run, 'finished')}", markup=False, highlight=False)
+                if run in bars:
+                    shown.remove_task(bars.pop(run))
+            for run in running.values():
+                progress = run.read("progress.json")
+                if progress != before[run]:  # on a cluster, others may wait for a machine
+                    if run not in bars:
+                        bars[run] = shown.add_task(str(run), total=run.steps)
+                    shown.update(bars[run], completed=progress["steps"])
+            shown.update(total, completed=sum(run.reached for run in runs))
+    return failed
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+QUICK = dict(envs=["InvertedPendulum-v5"], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=100)
+
+
+def arguments(description: str, out: str, quick: str) -> argparse.ArgumentParser:
+    """A parser with the options that every grid has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--envs", nargs="+", metavar="ENV", default=["HalfCheetah-v5", "Hopper-v5"], help="(%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--steps", type=positive, default=1_000_000, help="environment steps of a run (%(default)s)")
+    parser.add_argument("--eval-freq", type=positive, default=10_000, help="steps between evaluations (%(default)s)")
+    parser.add_argument("--eval-episodes", type=positive, default=10, help="of each evaluation (%(default)s)")
+    parser.add_argument("--learning-starts", type=int, help="random steps before, but for PPO (10,000, or the YAML's)")
+    parser.add_argument("--jobs", type=positive, help="runs at a time (1, or what the cluster has room for)")
+    parser.add_argument("--address", help="of a Ray cluster, or `auto`; otherwise all runs on this machine")
+    parser.add_argument("--gpus-per-run", type=float, default=0, help="a fraction, that Ray sets aside (%(default)s)")
+    parser.add_argument("--retries", type=int, default=2, help="of a run that fails (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of PyTorch (%(default)s)")
+    parser.add_argument("--accelerate", default="auto", help="as DIPO takes it (%(default)s)")
+    parser.add_argument("--at", type=positive, help="compare after so many steps, where runs have not finished (--steps)")
+    parser.add_argument("--report", action="store_true", help="train nothing, and report on what is there")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything (%(default)s)")
+    return parser
+
+
+def positive(text: str) -> int:
+    number = int(float(text))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What cannot be meant; and the number of runs at a time."""
+    for env in args.envs:
+        if env not in gym.registry:
+            near = ", ".join(difflib.get_close_matches(env, gym.registry)) or "none is near"
+            parser.error(f"--envs: {env} must be a task of Gymnasium's ({near})")
+    if args.eval_freq > args.steps:
+        parser.error(f"--eval-freq must be at most --steps, {args.steps}, not {args.eval_freq}")
+    if args.retries < 0 or args.gpus_per_run < 0 or (args.learning_starts or 0) < 0:
+        parser.error("--retries, --gpus-per-run and --learning-starts must be at least 0")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds must be different numbers of at least 0, not {args.seeds}")
+    if args.jobs is None and not args.address:
+        args.jobs = 1
+    if args.device.startswith("cuda") and args.jobs != 1 and not args.gpus_per_run:
+        parser.error("--gpus-per-run must be above 0, such as 0.25, where Ray gives the GPU to runs: --device is cuda")
+
+
+def tiny(variant: Variant) -> Variant:
+    """That learns nothing, and soon."""
+    given = variant.settings | dict(
+        batch_size=32, policy_kwargs=variant.settings.get("policy_kwargs", {}) | dict(net_arch=[16])
+    )
+    return replace(variant, settings=given | (dict(action_gradient_steps=2) if variant.algo == "dipo" else {}))
+
+
+def make_runs(variants: dict[str, Variant], args: argparse.Namespace) -> list[Run]:
+    """Seed by seed, so that what is cut off holds something of all."""
+    runs = []
+    for seed, env, (name, variant) in itertools.product(args.seeds, args.envs, variants.items()):
+        folder = args.out.resolve() / env.replace("/", "-") / name / f"seed{seed}"
+        machine = dict(device=args.device) | (dict(accelerate=args.accelerate) if variant.algo == "dipo" else {})
+        entry = settings(variant, env, args.steps, args.baselines, args.learning_starts)
+        runs.append(Run(folder, env, name, variant.algo, seed, args.steps, args.eval_freq, args.eval_episodes, entry, machine))
+    return runs
+
+
+def run_and_report(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, variants: dict[str, Variant], title: str
+) -> None:
+    """Train what is missing, and write tables and figures of what is there; exit status 1 where a run failed."""
+    from grid_report import report  # which imports this module
+
+    vars(args).update(QUICK if args.quick else {})
+    check(parser, args)
+    if args.quick:
+        variants = {name: tiny(variant) for name, variant in variants.items()}
+    log_to(args.out)
+    runs = make_runs(variants, args)
+    failed: dict[Run, str] = {}
+    if not args.report:
+        for run in runs:
+            run.claim_folder()
+        try:
+            failed = train_all(runs, args)
+        except KeyboardInterrupt:
+            print("Interrupted: the same command goes on from the last checkpoints.", file=sys.stderr)
+            os._exit(130)  # what still runs ends with this process
+    print(
+        report(
+            runs, {name: variant.label or name for name, variant in variants.items()}, args.out, title, args.at or args.steps
+        )
+    )
+    if failed:
+        raise SystemExit("\n".join(f"failed: {run}: {why}" for run, why in failed.items()))

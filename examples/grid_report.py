@@ -1,0 +1,255 @@
+"""Curves, statistics and tables of the runs of a `grid.py`."""
+
+import itertools
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from experiments import COLORS, markdown_table, save_figure, write
+from grid import Run
+from matplotlib.figure import Figure
+from rliable import library, metrics  # type: ignore[import-untyped]
+from scipy.stats import ttest_ind  # type: ignore[import-untyped]
+
+LAST = 3  # evaluations whose mean is a run's final return
+RANDOM_EPISODES = 20
+RESAMPLES = 2_000  # of the bootstrap
+Scores = dict[str, np.ndarray]  # of each algorithm, runs by tasks
+
+
+def collect(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per evaluation. Hours are those of training: evaluations and checkpoints do not count."""
+    rows = [
+        (run.env, run.name, run.seed, row["steps"], np.mean(row["returns"]), np.std(row["returns"]), row["seconds"] / 3600)
+        for run in runs
+        for row in run.read("evaluations.json") or []
+    ]
+    return pd.DataFrame(rows, columns=["env", "algorithm", "seed", "steps", "mean_return", "std_return", "hours"])
+
+
+def summarise(curves: pd.DataFrame, at: int) -> pd.DataFrame:
+    """One row per run that was evaluated until a number of steps: final return, mean along the curve, hours."""
+    rows = []
+    for key, curve in curves[curves.steps <= at].groupby(["env", "algorithm", "seed"], sort=False):
+        steps, returns = curve.steps.to_numpy(), curve.mean_return.to_numpy()
+        every = np.diff(steps, prepend=0).max()
+        if steps[-1] + every > at:
+            area = np.trapezoid(returns, steps) / np.ptp(steps) if len(steps) > 1 else returns[0]
+            rows.append((*key, returns[-LAST:].mean(), area, curve.hours.iloc[-1]))
+    return pd.DataFrame(rows, columns=["env", "algorithm", "seed", "final", "area", "hours"])
+
+
+def normalise(summary: pd.DataFrame, random: dict[str, float]) -> Scores:
+    """0 is the return of random actions, 1 the best algorithm's mean; without tasks where none is better."""
+    scores = summary.pivot_table(index=["algorithm", "seed"], columns="env", values="final", sort=False)
+    best = scores.groupby("algorithm").mean().max()
+    base = pd.Series(random).reindex(scores.columns)
+    scores = ((scores - base) / (best - base)).loc[:, best > base]
+    complete = {name: rows.dropna().to_numpy() for name, rows in scores.groupby("algorithm", sort=False)}
+    return {name: rows for name, rows in complete.items() if rows.size}
+
+
+def random_return(env_id: str, folder: Path) -> float:
+    """Of random actions; measured once."""
+    file = folder / "random.json"
+    if not file.exists():
+        env, returns = gym.make(env_id), []
+        env.action_space.seed(0)
+        for episode in range(RANDOM_EPISODES):
+            env.reset(seed=episode)
+            total, over = 0.0, False
+            while not over:
+                _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+                total, over = total + float(reward), terminated or truncated
+            returns.append(total)
+        write(file, json.dumps({"mean_return": float(np.mean(returns)), "episodes": RANDOM_EPISODES}))
+    return float(json.loads(file.read_text())["mean_return"])
+
+
+def iqm(*scores: np.ndarray) -> np.ndarray:
+    return np.array([metrics.aggregate_iqm(scores[0])])
+
+
+def improvement(*scores: np.ndarray) -> np.ndarray:
+    return np.array([metrics.probability_of_improvement(*scores)])
+
+
+def profile(scores: np.ndarray, taus: np.ndarray) -> np.ndarray:
+    """rliable's own, many times as fast."""
+    return np.asarray((scores[..., None] > taus).mean(axis=(0, 1)))
+
+
+def interquartile_means(scores: Scores) -> dict[str, np.ndarray]:
+    """Of each algorithm: the mean, and bounds (95 %), of a stratified bootstrap."""
+    np.random.seed(0)  # rliable draws from the global generator, whatever it is given
+    means, bounds = library.get_interval_estimates(scores, iqm, reps=RESAMPLES)
+    return {name: np.array([means[name][0], *bounds[name][:, 0]]) for name in scores}
+
+
+def improvements(scores: Scores) -> dict[str, np.ndarray]:
+    """The probability that a run of the first algorithm is better than one of each other, and bounds."""
+    np.random.seed(0)
+    first, *others = scores
+    pairs = {name: (scores[first], scores[name]) for name in others}
+    means, bounds = library.get_interval_estimates(pairs, improvement, reps=RESAMPLES)
+    return {name: np.array([means[name][0], *bounds[name][:, 0]]) for name in pairs}
+
+
+def welch(ours: pd.Series, theirs: pd.Series) -> tuple[float, float]:
+    """Bounds (95 %) of the difference of means."""
+    if min(len(ours), len(theirs)) < 2 or ours.var() == theirs.var() == 0:
+        return np.nan, np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an algorithm whose runs are all alike
+        low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def palette(names: Iterable[str]) -> dict[str, str]:
+    """Those of the four algorithms, and others for variants."""
+    others = itertools.cycle(["tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey"])
+    return {name: COLORS.get(name) or next(others) for name in names}
+
+
+def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, float]) -> Figure:
+    """Mean and standard deviation over seeds, where all of them have been evaluated."""
+    figure = Figure(figsize=(4.6 * len(random), 7), layout="constrained")
+    figure.suptitle("Return against environment steps and hours of training: mean and standard deviation over seeds")
+    colors = palette(labels)
+    for column, env in zip(figure.subplots(2, len(random), squeeze=False).T, random, strict=True):
+        for name, label in labels.items():
+            rows = curves[(curves.env == env) & (curves.algorithm == name)]
+            by_step = rows.groupby("steps")
+            means = by_step[["mean_return", "hours"]].mean()[by_step.size() == rows.seed.nunique()]
+            spread = by_step.mean_return.std().reindex(means.index).fillna(0)
+            for axes, x in zip(column, (means.index, means.hours), strict=True):
+                axes.plot(x, means.mean_return, color=colors[name], label=f"{label} (n = {rows.seed.nunique()})")
+                band = (means.mean_return - spread, means.mean_return + spread)
+                axes.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)
+        for axes, unit in zip(column, ("environment steps", "hours, mean over seeds"), strict=True):
+            axes.axhline(random[env], color="grey", linestyle=":", label="random actions")
+            axes.set(xlabel=unit, ylabel="return", title=env)
+            axes.locator_params(axis="x", nbins=5)
+        column[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_aggregate(scores: Scores, means: dict[str, np.ndarray], labels: dict[str, str], tasks: int) -> Figure:
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(
+        f"Final returns of {tasks} task(s): 0 is random actions, 1 the best algorithm's mean (bands: 95 % bootstrap)"
+    )
+    colors, (left, middle, right) = palette(labels), figure.subplots(1, 3)
+    for axes, numbers in ((left, means), (right, improvements(scores))):
+        for name, (value, low, high) in numbers.items():
+            axes.barh(labels[name], high - low, left=low, color=colors[name], alpha=0.6)
+            axes.plot([value, value], [labels[name]] * 2, "k|", markersize=14)
+        axes.invert_yaxis()
+    taus = np.linspace(min(0, *(each.min() for each in scores.values())), 1.5, 61)
+    np.random.seed(0)
+    shares, bounds = library.create_performance_profile(scores, taus, custom_profile_func=profile, reps=RESAMPLES)
+    for name in scores:
+        middle.plot(taus, shares[name], color=colors[name], label=labels[name])
+        middle.fill_between(taus, *bounds[name], color=colors[name], alpha=0.2, linewidth=0)
+    middle.legend(frameon=False, fontsize="small")
+    left.set(title="interquartile mean", xlabel="normalised score")
+    middle.set(title="performance profile", xlabel="normalised score", ylabel="share of runs above")
+    right.set(title=f"P({labels[next(iter(scores))]} is better than ...)", xlim=(0, 1))
+    right.axvline(0.5, color="grey", linestyle=":")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def table(summary: pd.DataFrame, runs: Sequence[Run], labels: dict[str, str], envs: Iterable[str]) -> str:
+    ends = {(run.env, run.name): end for run in runs if (end := run.read("finished.json"))}
+    head = ("task", "algorithm", "n", "final return, mean ± std", "by seed", "area", "updates a step", "hours", "device")
+    lines = []
+    for env in envs:
+        for name, label in labels.items():
+            rows, end = summary[(summary.env == env) & (summary.algorithm == name)], ends.get((env, name), {})
+            if len(rows):
+                finals = (
+                    f"{rows.final.mean():,.1f} ± {rows.final.std():,.1f}" if len(rows) > 1 else f"{rows.final.mean():,.1f}"
+                )
+                numbers = (finals, ", ".join(f"{each:,.1f}" for each in rows.final), f"{rows.area.mean():,.1f}")
+                how = (end.get("updates_per_step", "?"), f"{rows.hours.mean():.2f}", end.get("device", "?"))
+                lines.append((env, label, len(rows), *numbers, *how))
+    return markdown_table(head, lines)
+
+
+def differences(summary: pd.DataFrame, labels: dict[str, str], envs: Iterable[str]) -> str:
+    first, *others = labels
+    lines = []
+    for env in envs:
+        finals = {name: rows.final for name, rows in summary[summary.env == env].groupby("algorithm")}
+        for name in others:
+            if first in finals and name in finals:
+                low, high = welch(finals[first], finals[name])
+                bounds = "-" if np.isnan(low) else f"[{low:+,.1f}, {high:+,.1f}]"
+                lines.append((env, labels[name], f"{finals[first].mean() - finals[name].mean():+,.1f}", bounds))
+    return markdown_table(("task", f"{labels[first]} less", "difference of means", "Welch's t, 95 %"), lines) if lines else ""
+
+
+def remarks(summary: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
+    """What is missing, and what differs but should not."""
+    there = set(summary[["env", "algorithm", "seed"]].itertuples(index=False, name=None))
+    lines = []
+    for run in runs:
+        if (run.env, run.name, run.seed) not in there:
+            lines.append(f"- Missing: {run}, which has {run.reached:,} of {run.steps:,} steps.")
+    specs = [json.loads(file.read_text()) for run in runs if (file := run.folder / "spec.json").exists()]
+    if len({json.dumps(spec["versions"], sort_keys=True) for spec in specs}) > 1:
+        lines.append("- Beware: runs differ in their versions (spec.json).")
+    return lines
+
+
+def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, at: int) -> str:
+    """Write evaluations.csv, curves.png, aggregate.png and report.md, which is returned."""
+    curves = collect(runs)
+    if curves.empty:
+        raise SystemExit(f"{out} holds no evaluations of these runs")
+    write(out / "evaluations.csv", curves.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    random = {env: random_return(env, out / env.replace("/", "-")) for env in dict.fromkeys(run.env for run in runs)}
+    save_figure(draw_curves(curves, labels, random), out / "curves.png")
+    summary = summarise(curves, at)
+    scores = normalise(summary, random)
+    scores = {name: scores[name] for name in labels if name in scores}
+    tasks = next(iter(scores.values())).shape[1] if scores else 0
+    means = interquartile_means(scores)
+    if len(scores) > 1:
+        save_figure(draw_aggregate(scores, means, labels, tasks), out / "aggregate.png")
+    lines = [(labels[name], len(scores[name]), *np.round(each, 3)) for name, each in means.items()]
+    head = ("algorithm", "n", "interquartile mean", "from", "to (95 % bootstrap)")
+    notes = f"""\
+After {at:,} environment steps. A run's final return is the mean of its last {LAST} evaluations, of the same
+{runs[0].eval_episodes} episodes each; its area that under the curve, as a mean. Random actions reach
+{", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised: 0 is that, 1 the best algorithm's mean;
+{tasks} of {len(random)} tasks, where one is better than random, count. Hours are those of training, on a machine that other
+runs may share. With two or three seeds a bootstrap is too narrow (of three, its 95 % leave out the truth one time in five):
+trust Welch's t, which assumes that runs are normally distributed.
+"""
+    versions = json.loads((runs[0].folder / "spec.json").read_text())["versions"]
+    command = shlex.join(
+        ["python", f"examples/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "--report")]
+    )
+    about = f"`{command}`\n\n{', '.join(f'{name} {number}' for name, number in versions.items())}\n"
+    tables = (
+        table(summary, runs, labels, random),
+        differences(summary, labels, random),
+        markdown_table(head, lines) if lines else "",
+    )
+    blocks = (f"# {title}\n", *tables, notes, "\n".join(remarks(summary, runs)), about)
+    text = "\n".join(block for block in blocks if block)
+    write(out / "report.md", text)
+    return text
