@@ -1,0 +1,364 @@
+"""Grids of trainings end complete whatever is killed, with the same results, and their statistics are what they say."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch as th
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TASK = "InvertedPendulum-v5"
+FILES = {"evaluations.csv", "curves.png", "report.md", TASK}
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        import grid
+
+        yield grid
+        for name in ("learning_curves", "ablations", "grid_report", "grid", "experiments"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def reports(grid: ModuleType) -> ModuleType:
+    import grid_report
+
+    return grid_report
+
+
+def start(script: str, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipe)
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    assert "Warning" not in error
+    return out
+
+
+def until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> Any:
+    for _ in range(6_000):
+        if found := condition():
+            return found
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it never came")
+
+
+def results(out: Path, name: str, seed: int) -> Path:
+    return out / TASK / name / f"seed{seed}" / name / f"{TASK}_1"
+
+
+def curves(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "evaluations.csv").drop(columns="hours")
+
+
+def training_process(folder: Path) -> psutil.Process | None:
+    """Of a run that has a checkpoint, and has not finished."""
+    if any(folder.glob("exact/*/manifest.json")) and not (folder / "finished.json").exists():
+        return psutil.Process(json.loads((folder / "progress.json").read_text())["process"])
+    return None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick grid that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    printed = finish(start("learning_curves.py", "--quick", "--out", "whole", cwd=cwd))
+    assert {path.name for path in cwd.iterdir()} == {"whole"}
+    assert printed.strip() == (cwd / "whole" / "report.md").read_text().strip()
+    return cwd / "whole"
+
+
+@pytest.mark.slow
+def test_quick(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} - {"aggregate.png", "warnings.log"} == FILES
+    assert 5_000 < (whole / "curves.png").stat().st_size < 200 * 1024
+    table = curves(whole)
+    assert list(table.groupby(["algorithm", "seed"]).size()) == [3] * 4
+    assert list(table.steps) == [100, 200, 300] * 4
+    report = (whole / "report.md").read_text()
+    assert f"| {TASK} | DIPO | 2 |" in report and f"| {TASK} | SAC | 2 |" in report and "0.6667" in report
+    assert "Missing" not in report
+    for name in ("dipo", "sac"):
+        assert not (results(whole, name, 0) / "exact").exists()
+        zoo = np.load(results(whole, name, 0) / "evaluations.npz")
+        rows = table[(table.algorithm == name) & (table.seed == 0)]
+        np.testing.assert_allclose(zoo["results"].mean(axis=1), rows.mean_return, rtol=1e-5)
+    spec = json.loads((whole / TASK / "dipo" / "seed0" / "spec.json").read_text())
+    assert spec["run"]["settings"]["buffer_size"] == 300 and spec["versions"]["rl_zoo3"]
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
+    cut = results(tmp_path / "cut", "dipo", 0)
+    process = start("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path)
+    training = until(lambda: training_process(cut), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    until(lambda: not training.is_running() or training.status() == psutil.STATUS_ZOMBIE)  # nothing is left behind
+    assert not (cut / "finished.json").exists()
+
+    finish(start("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path))
+    assert "Going on after" in (cut.parent.parent / "log.txt").read_text()
+    pd.testing.assert_frame_equal(curves(tmp_path / "cut"), curves(whole))
+    np.testing.assert_array_equal(
+        *(np.load(results(out, "dipo", 0) / "evaluations.npz")["results"] for out in (tmp_path / "cut", whole))
+    )
+
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.zip")}
+    finish(start("learning_curves.py", "--quick", "--out", "whole", cwd=whole.parent))
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.zip")}  # nothing trained again
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_is_killed(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
+    out = tmp_path / "ray"
+    process = start("learning_curves.py", "--quick", "--jobs", "2", "--out", "ray", cwd=tmp_path)
+    worker = until(lambda: training_process(results(out, "dipo", 0)), process).parent()
+    assert "ray" in worker.name()
+    worker.kill()
+    training = until(lambda: training_process(results(out, "dipo", 1)), process)
+    training.kill()
+    finish(process)
+    for seed in (0, 1):
+        assert "Going on after" in (out / TASK / "dipo" / f"seed{seed}" / "log.txt").read_text()
+    pd.testing.assert_frame_equal(curves(out), curves(whole))
+    assert {path.name for path in tmp_path.iterdir()} == {"ray"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study, names", [("generator", "diffusion vae mlp"), ("write-back", "write_back no_write_back")])
+def test_ablations(study: str, names: str, tmp_path: Path) -> None:
+    finish(start("ablations.py", study, "--quick", "--base", "dipo_k20", "--out", "here", cwd=tmp_path))
+    out = tmp_path / "here" / study
+    assert set(curves(out).algorithm) == set(names.split())
+    saved = [json.loads((out / TASK / name / "seed0" / "spec.json").read_text()) for name in names.split()]
+    assert [spec["run"]["settings"]["policy_kwargs"].get("actor") for spec in saved[1:]] in (["vae", "mlp"], [None])
+    # the first curves differ, as the parts do
+    assert curves(out).groupby("algorithm").mean_return.sum().nunique() == len(names.split())
+
+
+# ------------------------------------------------------------------------------------------------- in this process
+
+
+def options(out: Path, **others: Any) -> Namespace:
+    few: dict[str, Any] = dict(envs=[TASK], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=None)
+    run: dict[str, Any] = dict(jobs=1, address=None, gpus_per_run=0, retries=1, device="cpu", accelerate="auto")
+    return Namespace(**{**few, **run, "baselines": "paper", "out": out, **others})
+
+
+def test_what_fails_is_tried_again_and_reported(
+    grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In place of the zoo, a script that succeeds at once, the second time, or never."""
+    args = options(tmp_path, seeds=[0, 1, 2])
+    runs = grid.make_runs(dict(sac=grid.VARIANTS["sac"]), args)
+    script = """
+import pathlib, sys
+folder, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+tries = folder / "tries"
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+if seed == 2 or seed == 1 and tries.read_text() == "x":
+    sys.exit("out of luck")
+(folder / "finished.json").write_text("{}")
+"""
+    monkeypatch.setattr(grid.Run, "command", lambda run: [sys.executable, "-c", script, str(run.results), str(run.seed)])
+    for run in runs:
+        run.claim_folder()
+        run.results.mkdir(parents=True)
+    failed = grid.train_all(runs, args)
+    assert [(run.results / "tries").read_text() for run in runs] == ["x", "xx", "xx"]
+    assert [run.seed for run in failed] == [2]
+    assert "exit status 1 in 2 attempts" in failed[runs[2]] and failed[runs[2]].endswith("out of luck")
+    assert f"{TASK}, sac, seed 1: finished" in capfd.readouterr().err
+
+    assert [run.seed for run in grid.train_all(runs, args)] == [2]
+    assert [(run.results / "tries").read_text() for run in runs] == ["x", "xx", "xxxx"]  # only what has not finished
+    with pytest.raises(FileNotFoundError, match="--out must be on a disk that all machines share"):
+        grid.train(replace(runs[0], folder=tmp_path / "elsewhere"), 0)
+
+
+def test_other_settings_need_another_folder(grid: ModuleType, tmp_path: Path) -> None:
+    variants = dict(dipo=grid.VARIANTS["dipo"])
+    (first, _) = grid.make_runs(variants, options(tmp_path))
+    first.claim_folder()
+    first.claim_folder()
+    grid.make_runs(variants, options(tmp_path, device="cuda", accelerate="off"))[0].claim_folder()  # no other result
+    with pytest.raises(SystemExit, match=r"other settings \(eval_freq: 100, not 50\): choose another --out"):
+        grid.make_runs(variants, options(tmp_path, eval_freq=50))[0].claim_folder()
+
+
+def test_settings(grid: ModuleType) -> None:
+    def of(name: str, env: str, baselines: str, learning_starts: int | None = None) -> Any:
+        return grid.settings(grid.VARIANTS[name], env, 50_000, baselines, learning_starts)
+
+    dipo = of("dipo", "HalfCheetah-v5", "paper")
+    assert dipo["action_gradient_steps"] == 40 and "num_train_timesteps=100" in dipo["policy_kwargs"]
+    assert dipo["n_timesteps"] == dipo["buffer_size"] == 50_000 and dipo["learning_starts"] == 10_000
+    assert of("dipo_k20", "HalfCheetah-v5", "zoo") == {**dipo, "policy_kwargs": {"num_train_timesteps": 20}}
+
+    td3 = of("td3", "HalfCheetah-v5", "paper")
+    assert (td3["noise_type"], td3["noise_std"], td3["learning_starts"]) == ("normal", 0.1, 10_000)
+    paper = sys.modules["experiments"].PAPER
+    for name in ("sac", "td3", "ppo"):
+        assert eval(of(name, TASK, "paper")["policy_kwargs"], {"nn": th.nn}) == paper[name]["policy_kwargs"]
+    assert of("td3", "HalfCheetah-v5", "zoo")["policy_kwargs"] == "dict(net_arch=[400, 300])"  # the zoo has it for v4
+    ppo = of("ppo", "Hopper-v5", "zoo", 500)
+    assert ppo["normalize"] and not {"buffer_size", "learning_starts"} & set(ppo)
+    assert of("sac", "HalfCheetah-v5", "paper", 500)["learning_starts"] == 500
+
+
+def test_ablations_change_one_thing(grid: ModuleType) -> None:
+    import ablations
+
+    few = grid.VARIANTS["dipo_few"]
+    lengths = ablations.vary(few, "length")
+    assert {name: each.settings["policy_kwargs"]["num_train_timesteps"] for name, each in lengths.items()} == dict(
+        k100=100, k50=50, k20=20
+    )
+    for each in lengths.values():
+        assert {**each.settings["policy_kwargs"], "num_train_timesteps": 100} == few.settings["policy_kwargs"]
+    generators = ablations.vary(few, "generator")
+    assert generators["diffusion"].settings == few.settings
+    assert generators["vae"].settings == {**few.settings, "policy_kwargs": {"actor": "vae"}}
+    back = ablations.vary(few, "write-back")
+    assert [each.settings.pop("persist_improved_actions") for each in back.values()] == [True, False]
+    assert all(each.settings == few.settings for each in back.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--envs HalfCheeta-v5", "--envs: HalfCheeta-v5 must be a task of Gymnasium's (HalfCheetah-v5"),
+        ("--algorithms dipo sacc", "--algorithms: sacc must be of dipo, sac, td3, ppo, dipo_k20, dipo_few"),
+        ("--steps 0", "--steps: must be at least 1, not 0"),
+        ("--steps 500", "--eval-freq must be at most --steps, 500, not 10000"),
+        ("--seeds 1 1", "--seeds must be different numbers of at least 0, not [1, 1]"),
+        ("--retries -1", "--retries, --gpus-per-run and --learning-starts must be at least 0"),
+        ("--jobs 0", "--jobs: must be at least 1, not 0"),
+        ("--jobs 2 --device cuda", "--gpus-per-run must be above 0, such as 0.25"),
+        ("--baselines mine", "--baselines: invalid choice: 'mine' (choose from"),
+        ("--variants {out}/bad.yml", "--variants must be a file with entries `name: {algo: dipo|sac|td3|ppo, ...}`"),
+        ("--jobs 2 --steps 1e4", "need Ray: pip install '.[cluster]'"),
+        ("--report", "holds no evaluations of these runs"),
+    ],
+)
+def test_errors_name_the_argument(
+    arguments: str,
+    message: str,
+    grid: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import learning_curves
+
+    (tmp_path / "bad.yml").write_text("mine: {algo: a2c}\n")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    given = arguments.format(out=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", ["learning_curves.py", *given, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as error:
+        learning_curves.main()
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def synthetic(grid: ModuleType, out: Path) -> list[Any]:
+    """Two tasks, two seeds of two algorithms, whose last three evaluations have a mean that is easily seen."""
+    variants = {name: grid.VARIANTS[name] for name in ("dipo", "sac")}
+    runs: list[Any] = grid.make_runs(variants, options(out, envs=["Hopper-v5", "Reacher-v5"], steps=400))
+    finals = {("Hopper-v5", "dipo"): (90, 110), ("Hopper-v5", "sac"): (60, 60)}
+    finals |= {("Reacher-v5", "dipo"): (-30, -30), ("Reacher-v5", "sac"): (-10, -20)}
+    for run in runs:
+        run.claim_folder()
+        run.results.mkdir(parents=True)
+        final, rows = finals[run.env, run.name][run.seed], []
+        for steps, more in ((100, -50), (200, -6), (300, 6), (400, 0)):
+            returns = [final + more - 1.0, final + more + 1.0]
+            rows.append(dict(steps=steps, seconds=36 * steps / 100 * (run.seed + 1), returns=returns, lengths=[1, 1]))
+        (run.results / "evaluations.json").write_text(json.dumps(rows))
+        (run.results / "finished.json").write_text(json.dumps(dict(steps=400, updates_per_step=0.75, device="CPU")))
+        (out / run.env / "random.json").write_text(json.dumps({"mean_return": {"H": 20, "R": -45}[run.env[0]]}))
+    return runs
+
+
+def test_statistics_by_hand(grid: ModuleType, reports: ModuleType, tmp_path: Path) -> None:
+    curves = reports.collect(synthetic(grid, tmp_path))
+    assert len(curves) == 32 and (curves.std_return == 1).all()
+    summary = reports.summarise(curves, 400).set_index(["env", "algorithm", "seed"])
+    row = summary.loc["Hopper-v5", "dipo", 1]
+    assert row.final == pytest.approx(110)
+    assert row.area == pytest.approx((60 / 2 + 104 + 116 + 110 / 2) / 3)
+    assert row.hours == pytest.approx(4 * 0.02)
+    assert reports.summarise(curves, 200).final.iloc[0] == pytest.approx(90 - 28)  # those until then
+    assert reports.summarise(curves[curves.steps < 400], 400).empty  # one has not come that far
+
+    scores = reports.normalise(summary.reset_index(), {"Hopper-v5": 20, "Reacher-v5": -45})
+    np.testing.assert_allclose(scores["dipo"], [[70 / 80, 0.5], [90 / 80, 0.5]])  # best: 100 - 20, and -15 + 45
+    np.testing.assert_allclose(scores["sac"], [[0.5, 35 / 30], [0.5, 25 / 30]])
+    only_hopper = reports.normalise(summary.reset_index(), {"Hopper-v5": 20, "Reacher-v5": -5})
+    assert only_hopper["dipo"].shape == (2, 1)
+
+    mean, low, high = reports.interquartile_means(scores)["dipo"]
+    assert mean == pytest.approx((0.5 + 70 / 80) / 2)  # of 0.5, 0.5, 0.875, 1.125
+    assert low == pytest.approx(0.6875) and high == pytest.approx((0.5 + 90 / 80) / 2)  # both runs the worse, or the better
+    better, low, high = reports.improvements(scores)["sac"]
+    assert (better, low, high) == (0.5, 0.5, 0.5)  # always on Hopper, never on Reacher
+
+    ours, theirs = pd.Series([1.0, 2.0, 3.0]), pd.Series([2.0, 5.0])
+    error = np.sqrt(1 / 3 + 4.5 / 2)
+    freedom = error**4 / ((1 / 3) ** 2 / 2 + (4.5 / 2) ** 2 / 1)
+    quantile = pytest.importorskip("scipy.stats").t.ppf(0.975, freedom)
+    assert reports.welch(ours, theirs) == pytest.approx((-1.5 - quantile * error, -1.5 + quantile * error))
+    assert all(np.isnan(reports.welch(ours, theirs[:1])))
+    assert all(np.isnan(reports.welch(pd.Series([1.0, 1.0]), pd.Series([1.0, 1.0]))))
+
+
+def test_report_of_what_is_there(
+    grid: ModuleType, reports: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "RESAMPLES", 100)
+    runs = synthetic(grid, tmp_path)
+    labels = dict(dipo="DIPO", sac="SAC")
+    text = reports.report(runs, labels, tmp_path, "Test", 400)
+    assert "| Hopper-v5 | DIPO | 2 | 100.0 ± 14.1 | 90.0, 110.0 | 91.7 | 0.75 | 0.06 | CPU |" in text
+    assert "| Reacher-v5 | SAC | -15.0 | [-78.5, +48.5] |" in text and "2 of 2 tasks" in text
+    assert {"evaluations.csv", "curves.png", "aggregate.png", "report.md"} <= {path.name for path in tmp_path.iterdir()}
+    same = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert reports.report(runs, labels, tmp_path, "Test", 400) == text
+    assert same == {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+
+    shutil.rmtree(runs[0].results)
+    text = reports.report(runs, labels, tmp_path, "Test", 400)
+    assert f"- Missing: {runs[0]}, which has 0 of 400 steps." in text and "| Hopper-v5 | DIPO | 1 |" in text
+
+
+def test_random_return_is_that_of_random_actions(reports: ModuleType, tmp_path: Path) -> None:
+    value = reports.random_return(TASK, tmp_path)
+    assert 3 < value < 9  # Gymnasium's random agent falls after some six steps
+    (tmp_path / "random.json").write_text(json.dumps({"mean_return": 1.5}))
+    assert reports.random_return(TASK, tmp_path) == 1.5  # measured once
