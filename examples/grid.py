@@ -117,7 +117,7 @@ class Run:
         mine = json.loads(json.dumps({name: getattr(self, name) for name in names}))
         file = self.folder / "spec.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if not (file.exists() and (self.results / "evaluations.json").exists()):  # nothing is lost
             about = dict(command=self.command(), machine=self.machine, versions=versions())
             entry = self.settings | {key: value for key, value in self.machine.items() if key != "device"}
             write(self.folder / "hyperparams.yml", yaml.safe_dump({self.env: entry}))
@@ -249,7 +249,7 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
                 run, error = running.pop(future), future.exception()
                 if error:
                     failed[run] = str(error).strip().splitlines()[-1]
-                shown.console.print(f"{run}: {failed.get(run, 'finished')}", markup=False, highlight=False)
+                shown.console.print(f"{run}: {failed.get(run, 'finished')}", markup=False, highlight=False, soft_wrap=True)
                 if run in bars:
                     shown.remove_task(bars.pop(run))
             for run in running.values():

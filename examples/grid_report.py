@@ -236,8 +236,8 @@ After {at:,} environment steps. A run's final return is the mean of its last {LA
 {runs[0].eval_episodes} episodes each; its area that under the curve, as a mean. Random actions reach
 {", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised: 0 is that, 1 the best algorithm's mean;
 {tasks} of {len(random)} tasks, where one is better than random, count. Hours are those of training, on a machine that other
-runs may share. With two or three seeds a bootstrap is too narrow (of three, its 95 % leave out the truth one time in five):
-trust Welch's t, which assumes that runs are normally distributed.
+runs may share. With few seeds a bootstrap is too narrow: on one task, its 95 % leave out the truth one time in two for two
+seeds, and one in four for three. Trust Welch's t then, which assumes that runs are normally distributed.
 """
     versions = json.loads((runs[0].folder / "spec.json").read_text())["versions"]
     command = shlex.join(
@@ -249,7 +249,7 @@ trust Welch's t, which assumes that runs are normally distributed.
         differences(summary, labels, random),
         markdown_table(head, lines) if lines else "",
     )
-    blocks = (f"# {title}\n", *tables, notes, "\n".join(remarks(summary, runs)), about)
+    blocks = (f"# {title}\n", *tables, notes, "".join(f"{line}\n" for line in remarks(summary, runs)), about)
     text = "\n".join(block for block in blocks if block)
     write(out / "report.md", text)
     return text

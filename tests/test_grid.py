@@ -203,7 +203,10 @@ if seed == 2 or seed == 1 and tries.read_text() == "x":
 def test_other_settings_need_another_folder(grid: ModuleType, tmp_path: Path) -> None:
     variants = dict(dipo=grid.VARIANTS["dipo"])
     (first, _) = grid.make_runs(variants, options(tmp_path))
+    grid.make_runs(variants, options(tmp_path, steps=200))[0].claim_folder()  # which was not begun
     first.claim_folder()
+    first.results.mkdir(parents=True)
+    (first.results / "evaluations.json").write_text("[]")
     first.claim_folder()
     grid.make_runs(variants, options(tmp_path, device="cuda", accelerate="off"))[0].claim_folder()  # no other result
     with pytest.raises(SystemExit, match=r"other settings \(eval_freq: 100, not 50\): choose another --out"):
@@ -322,6 +325,7 @@ def test_statistics_by_hand(grid: ModuleType, reports: ModuleType, tmp_path: Pat
     np.testing.assert_allclose(scores["sac"], [[0.5, 35 / 30], [0.5, 25 / 30]])
     only_hopper = reports.normalise(summary.reset_index(), {"Hopper-v5": 20, "Reacher-v5": -5})
     assert only_hopper["dipo"].shape == (2, 1)
+    assert reports.improvements(only_hopper)["sac"][0] == 1  # the first is always better there
 
     mean, low, high = reports.interquartile_means(scores)["dipo"]
     assert mean == pytest.approx((0.5 + 70 / 80) / 2)  # of 0.5, 0.5, 0.875, 1.125
