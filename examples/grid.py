@@ -264,7 +264,7 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
 
 # ------------------------------------------------------------------------------------------------- the command
 
-QUICK = dict(envs=["InvertedPendulum-v5"], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=100)
+QUICK = dict(envs=["Hopper-v5"], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=100)
 
 
 def arguments(description: str, out: str, quick: str) -> argparse.ArgumentParser:

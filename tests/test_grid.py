@@ -21,7 +21,7 @@ import pytest
 import torch as th
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TASK = "InvertedPendulum-v5"
+TASK = "Hopper-v5"  # untrained, it falls soon, and no two policies have the same return
 FILES = {"evaluations.csv", "curves.png", "report.md", TASK}
 
 
@@ -97,6 +97,7 @@ def test_quick(whole: Path) -> None:
     table = curves(whole)
     assert list(table.groupby(["algorithm", "seed"]).size()) == [3] * 4
     assert list(table.steps) == [100, 200, 300] * 4
+    assert table.mean_return.nunique() == 12  # so that the same results mean something
     report = (whole / "report.md").read_text()
     assert f"| {TASK} | DIPO | 2 |" in report and f"| {TASK} | SAC | 2 |" in report and "0.6667" in report
     assert "Missing" not in report
@@ -118,6 +119,8 @@ def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
     process.communicate()
     until(lambda: not training.is_running() or training.status() == psutil.STATUS_ZOMBIE)  # nothing is left behind
     assert not (cut / "finished.json").exists()
+    rows = json.loads((cut / "evaluations.json").read_text())  # as if killed between an evaluation and its checkpoint
+    (cut / "evaluations.json").write_text(json.dumps([*rows, {**rows[-1], "steps": 299}]))
 
     finish(start("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path))
     assert "Going on after" in (cut.parent.parent / "log.txt").read_text()
@@ -363,6 +366,6 @@ def test_report_of_what_is_there(
 
 def test_random_return_is_that_of_random_actions(reports: ModuleType, tmp_path: Path) -> None:
     value = reports.random_return(TASK, tmp_path)
-    assert 3 < value < 9  # Gymnasium's random agent falls after some six steps
+    assert 10 < value < 35  # it falls after some twenty steps, with a reward of about 1 each
     (tmp_path / "random.json").write_text(json.dumps({"mean_return": 1.5}))
     assert reports.random_return(TASK, tmp_path) == 1.5  # measured once
