@@ -38,17 +38,23 @@ PACKAGES = ("sb3_dipo", "torch", "numpy", "stable_baselines3", "rl_zoo3", "gymna
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm and what differs from its YAML; ``policy_kwargs`` take the place of the YAML's."""
+    """
+    An algorithm and what differs from its YAML, whose ``policy_kwargs`` are replaced as a whole, and whose
+    ``action_gradient_steps`` are divided by ``fewer``: tasks differ in them.
+    """
 
     algo: str
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    fewer: int = 1
 
 
+K20 = dict(num_train_timesteps=20)
 FEW = dict(num_train_timesteps=100, num_inference_steps=10, solver="dpmpp_2m", timestep_spacing="lambda")
 VARIANTS = {
     **{algo: Variant(algo, label=label) for algo, label in NAMES.items()},
-    "dipo_k20": Variant("dipo", dict(policy_kwargs=dict(num_train_timesteps=20)), "DIPO, K = 20"),
+    "dipo_k20": Variant("dipo", dict(policy_kwargs=K20), "DIPO, K = 20"),
+    "dipo_long": Variant("dipo", dict(policy_kwargs=K20, action_lr=0.12), "DIPO, K = 20, long steps", fewer=4),
     "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5, action_lr=0.12), "DIPO, few steps"),
 }
 
@@ -146,6 +152,8 @@ def settings(variant: Variant, env: str, steps: int, baselines: str, learning_st
         found["policy_kwargs"] = as_text(found["policy_kwargs"])
         if "exploration_noise" in found:
             found |= dict(noise_type="normal", noise_std=found.pop("exploration_noise"))
+    if variant.fewer > 1:
+        found["action_gradient_steps"] = max(1, round(found["action_gradient_steps"] / variant.fewer))
     found = {**found, **variant.settings, "n_timesteps": steps}
     if off_policy:  # a buffer is no larger than what comes into it, as checkpoints hold it
         found["buffer_size"] = min(steps, found.get("buffer_size", 1_000_000))

@@ -225,6 +225,10 @@ def test_settings(grid: ModuleType) -> None:
     assert dipo["n_timesteps"] == dipo["buffer_size"] == 50_000 and dipo["learning_starts"] == 10_000
     assert of("dipo_k20", "HalfCheetah-v5", "zoo") == {**dipo, "policy_kwargs": {"num_train_timesteps": 20}}
 
+    long = {"policy_kwargs": {"num_train_timesteps": 20}, "action_lr": 0.12}
+    assert of("dipo_long", "HalfCheetah-v5", "zoo") == {**dipo, **long, "action_gradient_steps": 10}
+    assert of("dipo_long", "Hopper-v5", "zoo")["action_gradient_steps"] == 5
+
     td3 = of("td3", "HalfCheetah-v5", "paper")
     assert (td3["noise_type"], td3["noise_std"], td3["learning_starts"]) == ("normal", 0.1, 10_000)
     paper = sys.modules["experiments"].PAPER
@@ -258,7 +262,7 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
     "arguments, message",
     [
         ("--envs HalfCheeta-v5", "--envs: HalfCheeta-v5 must be a task of Gymnasium's (HalfCheetah-v5"),
-        ("--algorithms dipo sacc", "--algorithms: sacc must be of dipo, sac, td3, ppo, dipo_k20, dipo_few"),
+        ("--algorithms dipo sacc", "--algorithms: sacc must be of dipo, sac, td3, ppo, dipo_k20, dipo_long, dipo_few"),
         ("--steps 0", "--steps: must be at least 1, not 0"),
         ("--steps 500", "--eval-freq must be at most --steps, 500, not 10000"),
         ("--seeds 1 1", "--seeds must be different numbers of at least 0, not [1, 1]"),
