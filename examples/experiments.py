@@ -1,6 +1,7 @@
 """What the experiments share: the paper's agents, training that goes on where it was cut off, and figures of one style."""
 
 import argparse
+import importlib.resources
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch as th
+import yaml
 from gymnasium.envs.mujoco import MujocoEnv
 from matplotlib.figure import Figure
 from PIL import Image
@@ -33,7 +35,7 @@ from sb3_dipo.envs import MujocoState
 CLASSES: dict[str, type[BaseAlgorithm]] = dict(dipo=DIPO, sac=SAC, td3=TD3, ppo=PPO)
 NAMES = dict(dipo="DIPO", sac="SAC", td3="TD3", ppo="PPO")
 COLORS = dict(dipo="tab:blue", sac="tab:orange", td3="tab:green", ppo="tab:red")
-# Tables 2 and 3, for the tasks that they name; what is not named is DIPO's default, which is the paper's, too.
+# Table 2; what is not named is DIPO's default, which is the paper's, too. Table 3 is in DIPO's YAML.
 # `exploration_noise` is the standard deviation of an `action_noise`.
 WIDE = dict(net_arch=[256, 256])
 PAPER: dict[str, dict[str, Any]] = dict(
@@ -58,12 +60,7 @@ PAPER: dict[str, dict[str, Any]] = dict(
         policy_kwargs={**WIDE, "activation_fn": th.nn.Tanh},
     ),
 )
-PAPER_TASKS: dict[str, dict[str, Any]] = {
-    "Hopper-v5": dict(max_grad_norm=1.0, action_grad_norm_ratio=0.3),
-    "Walker2d-v5": dict(action_grad_norm_ratio=0.08),
-    "Ant-v5": dict(max_grad_norm=0.8),
-    "HalfCheetah-v5": dict(action_grad_norm_ratio=0.08, action_gradient_steps=40, actor_target_update_interval=2),
-}
+TABLE_3 = ("max_grad_norm", "action_grad_norm_ratio", "action_gradient_steps", "actor_target_update_interval")
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class Training:
 
     def new_agent(self, env: Any) -> BaseAlgorithm:
         cls, noise = CLASSES[self.algorithm], "exploration_noise"
-        settings = PAPER[self.algorithm] | (PAPER_TASKS.get(self.env_id, {}) if cls is DIPO else {}) | self.settings
+        settings = PAPER[self.algorithm] | (table_3(self.env_id) if cls is DIPO else {}) | self.settings
         settings = deepcopy(settings)  # SB3 writes into what it is given
         if issubclass(cls, OffPolicyAlgorithm):
             settings |= dict(buffer_size=min(self.steps, 1_000_000), learning_starts=self.learning_starts)
@@ -152,6 +149,7 @@ class Keep(BaseCallback):
     def __init__(self, training: Training, bar: "tqdm[Any]"):
         super().__init__()
         self.training, self.bar, self.shown = training, bar, 0
+        self.missing = [step for step in training.snapshots if not training.path(step).exists()]
 
     def _on_training_start(self) -> None:
         self.shown = self.num_timesteps
@@ -159,17 +157,23 @@ class Keep(BaseCallback):
     def _on_rollout_start(self) -> None:
         self.bar.update(self.num_timesteps - self.shown)
         self.shown = self.num_timesteps
-        for step in self.training.snapshots:
-            if step <= self.num_timesteps and not self.training.path(step).exists():
-                unfinished = self.training.folder / "unfinished.zip"
-                self.model.save(unfinished)
-                unfinished.replace(self.training.path(step))
+        while self.missing and self.missing[0] <= self.num_timesteps:
+            unfinished = self.training.folder / "unfinished.zip"
+            self.model.save(unfinished)
+            unfinished.replace(self.training.path(self.missing.pop(0)))
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
+
+
+def table_3(env_id: str) -> dict[str, Any]:
+    """DIPO's own for a task, from its YAML; none for a task that is not there, as the defaults are the paper's."""
+    entries = yaml.safe_load((importlib.resources.files("sb3_dipo.hyperparams") / "dipo.yml").read_text())
+    entry = entries.get(env_id, {})
+    return {name: entry[name] for name in TABLE_3 if name in entry}
 
 
 def resumable(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

@@ -23,6 +23,7 @@ from multi_goal_figures import draw_evenness, draw_policies, label
 from scipy.stats import entropy  # type: ignore[import-untyped]
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 
 from sb3_dipo import improve_actions
@@ -55,20 +56,18 @@ def rollouts(model: BaseAlgorithm, start: str) -> tuple[np.ndarray, np.ndarray]:
     Play one episode in each of 400 environments, with actions that the policy samples.
 
     :param start: "origin", or "spread" for the environment's own starts
-    :return: index of the goal that each reached or -1, and the returns, both of shape (400,)
+    :return: index of the goal that each reached or -1, and the returns, both of shape (400,), as the episodes ended
     """
+    goals = []
+
+    def note(now: dict[str, Any], _: dict[str, Any]) -> None:
+        if now["done"]:
+            goals.append(now["info"]["goal"])
+
     env = make_vec_env(ENV, ROLLOUTS, seed=0)
     env.set_options({"position": (0.0, 0.0)} if start == "origin" else {})
-    observations: Any = env.reset()
-    goals, returns, running = np.full(ROLLOUTS, -1), np.zeros(ROLLOUTS), np.full(ROLLOUTS, True)
-    while running.any():
-        actions, _ = model.predict(observations, deterministic=False)
-        observations, rewards, dones, infos = env.step(actions)
-        returns += rewards * running
-        for index in np.flatnonzero(running & dones):
-            goals[index] = infos[index]["goal"]
-        running &= ~dones
-    return goals, returns
+    returns, _ = evaluate_policy(model, env, ROLLOUTS, deterministic=False, callback=note, return_episode_rewards=True)
+    return np.array(goals), np.array(returns)
 
 
 def climbs(model: BaseAlgorithm) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Grids of trainings end complete whatever is killed, with the same results, and their statistics are what they say."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,8 +18,8 @@ import pandas as pd  # type: ignore[import-untyped]
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch as th
+from helpers import EXAMPLES, finish, start_example
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK = "Hopper-v5"  # untrained, it falls soon, and no two policies have the same return
 FILES = {"evaluations.csv", "curves.png", "report.md", TASK}
 
@@ -41,19 +40,6 @@ def reports(grid: ModuleType) -> ModuleType:
     import grid_report
 
     return grid_report
-
-
-def start(script: str, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipe)
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
-    assert "Warning" not in error
-    return out
 
 
 def until(condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None) -> Any:
@@ -84,7 +70,7 @@ def training_process(folder: Path) -> psutil.Process | None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick grid that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("whole")
-    printed = finish(start("learning_curves.py", "--quick", "--out", "whole", cwd=cwd))
+    printed = finish(start_example("learning_curves.py", "--quick", "--out", "whole", cwd=cwd))
     assert {path.name for path in cwd.iterdir()} == {"whole"}
     assert printed.strip() == (cwd / "whole" / "report.md").read_text().strip()
     return cwd / "whole"
@@ -113,7 +99,7 @@ def test_quick(whole: Path) -> None:
 @pytest.mark.slow
 def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
     cut = results(tmp_path / "cut", "dipo", 0)
-    process = start("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path)
+    process = start_example("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path)
     training = until(lambda: training_process(cut), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -122,7 +108,7 @@ def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
     rows = json.loads((cut / "evaluations.json").read_text())  # as if killed between an evaluation and its checkpoint
     (cut / "evaluations.json").write_text(json.dumps([*rows, {**rows[-1], "steps": 299}]))
 
-    finish(start("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path))
+    finish(start_example("learning_curves.py", "--quick", "--out", "cut", cwd=tmp_path))
     assert "Going on after" in (cut.parent.parent / "log.txt").read_text()
     pd.testing.assert_frame_equal(curves(tmp_path / "cut"), curves(whole))
     np.testing.assert_array_equal(
@@ -130,7 +116,7 @@ def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
     )
 
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.zip")}
-    finish(start("learning_curves.py", "--quick", "--out", "whole", cwd=whole.parent))
+    finish(start_example("learning_curves.py", "--quick", "--out", "whole", cwd=whole.parent))
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.zip")}  # nothing trained again
 
 
@@ -138,7 +124,7 @@ def test_it_goes_on_after_kill_9(whole: Path, tmp_path: Path) -> None:
 def test_two_workers_of_which_one_is_killed(whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
     out = tmp_path / "ray"
-    process = start("learning_curves.py", "--quick", "--jobs", "2", "--out", "ray", cwd=tmp_path)
+    process = start_example("learning_curves.py", "--quick", "--jobs", "2", "--out", "ray", cwd=tmp_path)
     worker = until(lambda: training_process(results(out, "dipo", 0)), process).parent()
     assert "ray" in worker.name()
     worker.kill()
@@ -154,7 +140,7 @@ def test_two_workers_of_which_one_is_killed(whole: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("study, names", [("generator", "diffusion vae mlp"), ("write-back", "write_back no_write_back")])
 def test_ablations(study: str, names: str, tmp_path: Path) -> None:
-    finish(start("ablations.py", study, "--quick", "--base", "dipo_k20", "--out", "here", cwd=tmp_path))
+    finish(start_example("ablations.py", study, "--quick", "--base", "dipo_k20", "--out", "here", cwd=tmp_path))
     out = tmp_path / "here" / study
     assert set(curves(out).algorithm) == set(names.split())
     saved = [json.loads((out / TASK / name / "seed0" / "spec.json").read_text()) for name in names.split()]

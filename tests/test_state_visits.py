@@ -1,6 +1,5 @@
 """State visits are those of the same episodes for all, and the area does not depend on how many states there are."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
+from helpers import EXAMPLES, finish, start_example
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ENV = "Hopper-v5"  # untrained, it falls soon
 FILES = {f"{ENV}.csv", f"{ENV}.md", f"{ENV}.png"}
 
@@ -34,21 +33,12 @@ def script() -> Iterator[Any]:
 
 
 def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(EXAMPLES / "state_visits.py"), "--env", ENV, *arguments]
-    pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipe)
-
-
-def finish(*arguments: str, cwd: Path) -> str:
-    process = start(*arguments, cwd=cwd)
-    out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
-    return out
+    return start_example("state_visits.py", "--env", ENV, *arguments, cwd=cwd)
 
 
 @pytest.mark.slow
 def test_quick_and_once_more(tmp_path: Path) -> None:
-    printed = finish("--quick", "--out", "here", cwd=tmp_path)
+    printed = finish(start("--quick", "--out", "here", cwd=tmp_path))
     out = tmp_path / "here"
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     assert {path.name for path in out.iterdir()} - {"warnings.log"} == FILES | {ENV}
@@ -69,7 +59,7 @@ def test_quick_and_once_more(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/*[0-9].*")}
     assert len(times) == 16
     content = {name: (out / name).read_bytes() for name in FILES}
-    finish("--quick", "--out", "here", cwd=tmp_path)
+    finish(start("--quick", "--out", "here", cwd=tmp_path))
     assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/*[0-9].*")}  # nothing trained or played again
     assert content == {name: (out / name).read_bytes() for name in FILES}
 
@@ -85,7 +75,7 @@ def test_goes_on_after_kill_9(tmp_path: Path) -> None:
     process.communicate()
     assert not any((tmp_path / "cut").rglob("1300.zip"))
     for out in ("whole", "cut"):
-        finish(*few, "--out", out, cwd=tmp_path)
+        finish(start(*few, "--out", out, cwd=tmp_path))
     for name in FILES:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     # none before the random steps are over

@@ -4,6 +4,7 @@ import pickle
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 from gymnasium.envs.mujoco import MujocoEnv
 
 
@@ -29,7 +30,5 @@ class MujocoState(gym.Wrapper[Any, Any, Any, Any]):
 
     def set_env_state(self, state: tuple[bytes, dict[str, Any]]) -> None:
         """Go on from what ``get_env_state`` returned."""
-        import mujoco
-
         data, self.task.np_random.bit_generator.state = pickle.loads(state[0]), state[1]
         mujoco.mj_copyData(self.task.data, self.task.model, data)

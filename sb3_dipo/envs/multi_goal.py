@@ -63,8 +63,7 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         self.render_mode = render_mode
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.position = np.zeros(2)
-        self.path = [self.position]
+        self.path = [np.zeros(2)]  # of this episode, from its start to where the point is
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
@@ -78,9 +77,8 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         position = self.np_random.normal(0.0, self.init_std, 2) if start is None else np.asarray(start, dtype=np.float64)
         if position.shape != (2,):
             raise ValueError(f"`options['position']` must be two numbers, not {start!r}.")
-        self.position = np.clip(position, -LIMIT, LIMIT)
-        self.path = [self.position]
-        return self.position.astype(np.float32), {}
+        self.path = [np.clip(position, -LIMIT, LIMIT)]
+        return self.path[-1].astype(np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """
@@ -89,9 +87,9 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         :param action: shape (2,), clipped to [-1, 1]
         """
         action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
-        self.position = np.clip(self.position + action, -LIMIT, LIMIT)
-        self.path.append(self.position)
-        squared = np.square(GOALS - self.position).sum(axis=1)
+        position = np.clip(self.path[-1] + action, -LIMIT, LIMIT)
+        self.path.append(position)
+        squared = np.square(GOALS - position).sum(axis=1)
         nearest = int(squared.argmin())
         reached = bool(squared[nearest] <= self.goal_radius**2)
         reward = (
@@ -99,7 +97,7 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         )
         info = {"is_success": reached, "goal": nearest if reached else -1}
         truncated = not reached and len(self.path) > self.time_limit
-        return self.position.astype(np.float32), float(reward), reached, truncated, info
+        return position.astype(np.float32), float(reward), reached, truncated, info
 
     def render(self) -> np.ndarray | None:
         """The plane, the goals, and the path of this episode: uint8, shape (400, 400, 3)."""
@@ -116,7 +114,7 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         for x, y in GOALS:
             axes.add_patch(Circle((x, y), self.goal_radius, color="tab:green", alpha=0.4))
         axes.plot(*np.transpose(self.path), color="tab:blue", marker=".")
-        axes.plot(*self.position, color="tab:red", marker="o")
+        axes.plot(*self.path[-1], color="tab:red", marker="o")
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -128,4 +126,3 @@ class MultiGoalEnv(gym.Env[np.ndarray, np.ndarray]):
         """Go on from what ``get_env_state`` returned."""
         path, self.np_random.bit_generator.state = state
         self.path = list(path)
-        self.position = self.path[-1]
