@@ -5,7 +5,7 @@
     python examples/ablations.py write-back --base dipo_k20          # the paper's Algorithm 3, or the authors' code
 
 `--base` is the DIPO that is varied, one of `learning_curves.py`'s, or of a file, `--variants`. The options, interruption and
-many machines are as there.
+many machines are as there. With the same `--out` and options, the base is trained once for all of them.
 """
 
 from dataclasses import replace
@@ -15,27 +15,29 @@ from typing import Any
 from grid import VARIANTS, Variant, arguments, read_variants, run_and_report
 
 
-def vary(base: Variant, study: str) -> dict[str, Variant]:
-    """The first is the one that others are compared with."""
+def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
+    """The base, which keeps its name, and thereby its runs, and what is compared with it."""
 
     def variant(label: str, policy_kwargs: dict[str, Any] | None = None, **settings: Any) -> Variant:
         given = {} if policy_kwargs is None else dict(policy_kwargs=policy_kwargs)
         return replace(base, label=label, settings=base.settings | given | settings)
 
     own: dict[str, Any] = base.settings.get("policy_kwargs", {})
-    nets = {name: value for name, value in own.items() if name in ("net_arch", "n_critics", "activation_fn")}
+    nets = {key: value for key, value in own.items() if key in ("net_arch", "n_critics", "activation_fn")}
     if study == "generator":  # the others have no process to set
-        return dict(
-            diffusion=variant("diffusion"),
-            vae=variant("VAE", {**nets, "actor": "vae"}),
-            mlp=variant("MLP", {**nets, "actor": "mlp"}),
-        )
-    if study == "length":
-        return {f"k{length}": variant(f"K = {length}", {**own, "num_train_timesteps": length}) for length in (100, 50, 20)}
-    return dict(
-        write_back=variant("write-back (Algorithm 3)", persist_improved_actions=True),
-        no_write_back=variant("none (released code)", persist_improved_actions=False),
-    )
+        others = dict(vae=variant("VAE", {**nets, "actor": "vae"}), mlp=variant("MLP", {**nets, "actor": "mlp"}))
+        mine = "diffusion"
+    elif study == "length":
+        length = own.get("num_train_timesteps", 100)
+        lengths = [each for each in (100, 50, 20) if each != length]
+        others = {f"k{each}": variant(f"K = {each}", {**own, "num_train_timesteps": each}) for each in lengths}
+        mine = f"K = {length}"
+    else:
+        labels = {True: "write-back (Algorithm 3)", False: "none (released code)"}
+        back = base.settings.get("persist_improved_actions", True)
+        others = {"no_write_back" if back else "write_back": variant(labels[not back], persist_improved_actions=not back)}
+        mine = labels[back]
+    return {name: variant(mine), **{f"{name}_{each}": other for each, other in others.items()}}
 
 
 def main() -> None:
@@ -50,8 +52,8 @@ def main() -> None:
     if args.base not in known:
         parser.error(f"--base must be of {', '.join(known)}, not {args.base}")
     args.baselines = "zoo"  # there are none
-    args.out = args.out / args.study
-    run_and_report(parser, args, vary(known[args.base], args.study), f"Ablation: {args.study} of {args.base}")
+    variants = vary(args.base, known[args.base], args.study)
+    run_and_report(parser, args, variants, f"Ablation: {args.study} of {args.base}", args.out / args.study)
 
 
 if __name__ == "__main__":

@@ -342,9 +342,9 @@ def make_runs(variants: dict[str, Variant], args: argparse.Namespace) -> list[Ru
 
 
 def run_and_report(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, variants: dict[str, Variant], title: str
+    parser: argparse.ArgumentParser, args: argparse.Namespace, variants: dict[str, Variant], title: str, out: Path
 ) -> None:
-    """Train what is missing, and write tables and figures of what is there; exit status 1 where a run failed."""
+    """Train what is missing, and write tables and figures of what is there into `out`; exit status 1 where a run failed."""
     from grid_report import report  # which imports this module
 
     vars(args).update(QUICK if args.quick else {})
@@ -362,10 +362,7 @@ def run_and_report(
         except KeyboardInterrupt:
             print("Interrupted: the same command goes on from the last checkpoints.", file=sys.stderr)
             os._exit(130)  # what still runs ends with this process
-    print(
-        report(
-            runs, {name: variant.label or name for name, variant in variants.items()}, args.out, title, args.at or args.steps
-        )
-    )
+    labels = {name: variant.label or name for name, variant in variants.items()}
+    print(report(runs, labels, out, title, args.at or args.steps))
     if failed:
         raise SystemExit("\n".join(f"failed: {run}: {why}" for run, why in failed.items()))

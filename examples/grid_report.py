@@ -219,8 +219,9 @@ def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, a
     curves = collect(runs)
     if curves.empty:
         raise SystemExit(f"{out} holds no evaluations of these runs")
+    out.mkdir(exist_ok=True)
     write(out / "evaluations.csv", curves.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    random = {env: random_return(env, out / env.replace("/", "-")) for env in dict.fromkeys(run.env for run in runs)}
+    random = {env: random_return(env, folder) for env, folder in {run.env: run.folder.parents[1] for run in runs}.items()}
     save_figure(draw_curves(curves, labels, random), out / "curves.png")
     summary = summarise(curves, at)
     scores = normalise(summary, random)

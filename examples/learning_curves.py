@@ -31,7 +31,7 @@ def main() -> None:
     for name in names:
         if name not in known:
             parser.error(f"--algorithms: {name} must be of {', '.join(known)}")
-    run_and_report(parser, args, {name: known[name] for name in names}, "Learning curves")
+    run_and_report(parser, args, {name: known[name] for name in names}, "Learning curves", args.out)
 
 
 if __name__ == "__main__":

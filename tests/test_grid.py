@@ -138,15 +138,20 @@ def test_two_workers_of_which_one_is_killed(whole: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study, names", [("generator", "diffusion vae mlp"), ("write-back", "write_back no_write_back")])
-def test_ablations(study: str, names: str, tmp_path: Path) -> None:
-    finish(start_example("ablations.py", study, "--quick", "--base", "dipo_k20", "--out", "here", cwd=tmp_path))
-    out = tmp_path / "here" / study
-    assert set(curves(out).algorithm) == set(names.split())
-    saved = [json.loads((out / TASK / name / "seed0" / "spec.json").read_text()) for name in names.split()]
-    assert [spec["run"]["settings"]["policy_kwargs"].get("actor") for spec in saved[1:]] in (["vae", "mlp"], [None])
-    # the first curves differ, as the parts do
-    assert curves(out).groupby("algorithm").mean_return.sum().nunique() == len(names.split())
+def test_ablations_train_their_base_once(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    for study, others in (("generator", {"dipo_k20_vae", "dipo_k20_mlp"}), ("write-back", {"dipo_k20_no_write_back"})):
+        finish(start_example("ablations.py", study, "--quick", "--base", "dipo_k20", "--out", "here", cwd=tmp_path))
+        assert set(curves(here / study).algorithm) == {"dipo_k20", *others}
+        assert {path.name for path in (here / study).iterdir()} >= FILES - {TASK}
+        # the curves differ, as the parts do
+        assert curves(here / study).groupby("algorithm").mean_return.sum().nunique() == len(others) + 1
+        base = curves(here / study).query("algorithm == 'dipo_k20'")
+    pd.testing.assert_frame_equal(base, curves(here / "generator").query("algorithm == 'dipo_k20'"))
+    assert {path.name for path in here.iterdir()} == {TASK, "generator", "write-back"}
+    saved = {path.parts[-3]: json.loads(path.read_text()) for path in here.glob("*/*/seed0/spec.json")}
+    actors = {name: spec["run"]["settings"]["policy_kwargs"].get("actor") for name, spec in saved.items()}
+    assert actors == dict(dipo_k20=None, dipo_k20_vae="vae", dipo_k20_mlp="mlp", dipo_k20_no_write_back=None)
 
 
 # ------------------------------------------------------------------------------------------------- in this process
@@ -230,18 +235,26 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
     import ablations
 
     few = grid.VARIANTS["dipo_few"]
-    lengths = ablations.vary(few, "length")
-    assert {name: each.settings["policy_kwargs"]["num_train_timesteps"] for name, each in lengths.items()} == dict(
-        k100=100, k50=50, k20=20
-    )
-    for each in lengths.values():
-        assert {**each.settings["policy_kwargs"], "num_train_timesteps": 100} == few.settings["policy_kwargs"]
-    generators = ablations.vary(few, "generator")
-    assert generators["diffusion"].settings == few.settings
-    assert generators["vae"].settings == {**few.settings, "policy_kwargs": {"actor": "vae"}}
-    back = ablations.vary(few, "write-back")
-    assert [each.settings.pop("persist_improved_actions") for each in back.values()] == [True, False]
-    assert all(each.settings == few.settings for each in back.values())
+    own = few.settings["policy_kwargs"]
+    for study in ("length", "generator", "write-back"):
+        variants = ablations.vary("few", few, study)
+        assert next(iter(variants)) == "few" and variants["few"].settings == few.settings
+        assert all(name.startswith("few_") and each.fewer == few.fewer for name, each in list(variants.items())[1:])
+    lengths = ablations.vary("few", few, "length")
+    assert {name: each.settings for name, each in lengths.items()} == {
+        name: {**few.settings, "policy_kwargs": {**own, "num_train_timesteps": length}}
+        for name, length in (("few", 100), ("few_k50", 50), ("few_k20", 20))
+    }
+    assert set(ablations.vary("k20", grid.VARIANTS["dipo_k20"], "length")) == {"k20", "k20_k100", "k20_k50"}
+    assert set(ablations.vary("dipo", grid.VARIANTS["dipo"], "length")) == {"dipo", "dipo_k50", "dipo_k20"}
+    generators = ablations.vary("few", few, "generator")
+    assert generators["few_vae"].settings == {**few.settings, "policy_kwargs": {"actor": "vae"}}
+    assert generators["few_mlp"].settings == {**few.settings, "policy_kwargs": {"actor": "mlp"}}
+    (_, none) = ablations.vary("few", few, "write-back").values()
+    assert none.settings == {**few.settings, "persist_improved_actions": False}
+    assert none.label.startswith("none")
+    back = ablations.vary("none", none, "write-back")["none_write_back"]
+    assert back.settings["persist_improved_actions"] and back.label.startswith("write-back")
 
 
 @pytest.mark.parametrize(
