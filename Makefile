@@ -65,5 +65,5 @@ $(VENV)/.installed: $(DESCRIPTION) | $(VENV)/.torch
 
 $(VENV)/.installed-tests: $(DESCRIPTION) | $(VENV)/.torch
 	@echo "Installing sb3_dipo and its test tools into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[zoo,box2d,export,plots,tests]'
+	@$(PIP_INSTALL) --editable '.[zoo,box2d,export,plots,tests,cluster]'
 	@touch $@ $(VENV)/.installed
