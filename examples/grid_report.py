@@ -115,15 +115,17 @@ def welch(ours: pd.Series, theirs: pd.Series) -> tuple[float, float]:
 
 
 def palette(names: Iterable[str]) -> dict[str, str]:
-    """Those of the four algorithms, and others for variants."""
+    """Those of the four algorithms, and others for variants; the first DIPO has DIPO's."""
     others = itertools.cycle(["tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey"])
-    return {name: COLORS.get(name) or next(others) for name in names}
+    free = [] if "dipo" in names else [COLORS["dipo"]]
+    return {name: COLORS.get(name) or (free.pop() if free else next(others)) for name in names}
 
 
 def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, float]) -> Figure:
     """Mean and standard deviation over seeds, where all of them have been evaluated."""
     figure = Figure(figsize=(4.6 * len(random), 7), layout="constrained")
-    figure.suptitle("Return against environment steps and hours of training: mean and standard deviation over seeds")
+    figure.suptitle("Mean and standard deviation over seeds")
+    unit, minutes = ("minutes", 60) if curves.hours.max() < 1 else ("hours", 1)
     colors = palette(labels)
     for column, env in zip(figure.subplots(2, len(random), squeeze=False).T, random, strict=True):
         for name, label in labels.items():
@@ -131,13 +133,13 @@ def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, 
             by_step = rows.groupby("steps")
             means = by_step[["mean_return", "hours"]].mean()[by_step.size() == rows.seed.nunique()]
             spread = by_step.mean_return.std().reindex(means.index).fillna(0)
-            for axes, x in zip(column, (means.index, means.hours), strict=True):
+            for axes, x in zip(column, (means.index, means.hours * minutes), strict=True):
                 axes.plot(x, means.mean_return, color=colors[name], label=f"{label} (n = {rows.seed.nunique()})")
                 band = (means.mean_return - spread, means.mean_return + spread)
                 axes.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)
-        for axes, unit in zip(column, ("environment steps", "hours, mean over seeds"), strict=True):
+        for axes, xlabel in zip(column, ("environment steps", f"{unit} of training"), strict=True):
             axes.axhline(random[env], color="grey", linestyle=":", label="random actions")
-            axes.set(xlabel=unit, ylabel="return", title=env)
+            axes.set(xlabel=xlabel, ylabel="return", title=env)
             axes.locator_params(axis="x", nbins=5)
         column[0].legend(frameon=False, fontsize="small")
     return figure
@@ -145,14 +147,13 @@ def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, 
 
 def draw_aggregate(scores: Scores, means: dict[str, np.ndarray], labels: dict[str, str], tasks: int) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    figure.suptitle(
-        f"Final returns of {tasks} task(s): 0 is random actions, 1 the best algorithm's mean (bands: 95 % bootstrap)"
-    )
+    runs = f"{len(next(iter(scores.values())))} seeds of {tasks} task{'s' if tasks > 1 else ''}"
+    figure.suptitle(f"Final returns, {runs}: 0 is random actions, 1 the best algorithm's mean (bands: 95 % bootstrap)")
     colors, (left, middle, right) = palette(labels), figure.subplots(1, 3)
     for axes, numbers in ((left, means), (right, improvements(scores))):
         for name, (value, low, high) in numbers.items():
             axes.barh(labels[name], high - low, left=low, color=colors[name], alpha=0.6)
-            axes.plot([value, value], [labels[name]] * 2, "k|", markersize=14)
+            axes.plot(value, labels[name], "k|", markersize=14)
         axes.invert_yaxis()
     taus = np.linspace(min(0, *(each.min() for each in scores.values())), 1.5, 61)
     np.random.seed(0)
@@ -161,9 +162,9 @@ def draw_aggregate(scores: Scores, means: dict[str, np.ndarray], labels: dict[st
         middle.plot(taus, shares[name], color=colors[name], label=labels[name])
         middle.fill_between(taus, *bounds[name], color=colors[name], alpha=0.2, linewidth=0)
     middle.legend(frameon=False, fontsize="small")
-    left.set(title="interquartile mean", xlabel="normalised score")
+    left.set(title="interquartile mean", xlabel="normalised score", xlim=(min(0, left.get_xlim()[0]), None))
     middle.set(title="performance profile", xlabel="normalised score", ylabel="share of runs above")
-    right.set(title=f"P({labels[next(iter(scores))]} is better than ...)", xlim=(0, 1))
+    right.set(title=f"{labels[next(iter(scores))]}\nis better than ...", xlabel="probability", xlim=(-0.05, 1.05))
     right.axvline(0.5, color="grey", linestyle=":")
     return figure
 
