@@ -141,6 +141,7 @@ def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, 
             axes.axhline(random[env], color="grey", linestyle=":", label="random actions")
             axes.set(xlabel=xlabel, ylabel="return", title=env)
             axes.locator_params(axis="x", nbins=5)
+        column[0].xaxis.set_major_formatter("{x:,.0f}")
         column[0].legend(frameon=False, fontsize="small")
     return figure
 

@@ -229,6 +229,7 @@ def test_settings(grid: ModuleType) -> None:
     ppo = of("ppo", "Hopper-v5", "zoo", 500)
     assert ppo["normalize"] and not {"buffer_size", "learning_starts"} & set(ppo)
     assert of("sac", "HalfCheetah-v5", "paper", 500)["learning_starts"] == 500
+    assert (of("sac", TASK, "paper")["ent_coef"], of("sac_auto", TASK, "paper")["ent_coef"]) == (0.2, "auto")
 
 
 def test_ablations_change_one_thing(grid: ModuleType) -> None:
@@ -261,7 +262,10 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
     "arguments, message",
     [
         ("--envs HalfCheeta-v5", "--envs: HalfCheeta-v5 must be a task of Gymnasium's (HalfCheetah-v5"),
-        ("--algorithms dipo sacc", "--algorithms: sacc must be of dipo, sac, td3, ppo, dipo_k20, dipo_long, dipo_few"),
+        (
+            "--algorithms dipo sacc",
+            "--algorithms: sacc must be of dipo, sac, td3, ppo, sac_auto, dipo_k20, dipo_long, dipo_few",
+        ),
         ("--steps 0", "--steps: must be at least 1, not 0"),
         ("--steps 500", "--eval-freq must be at most --steps, 500, not 10000"),
         ("--seeds 1 1", "--seeds must be different numbers of at least 0, not [1, 1]"),
