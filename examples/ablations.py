@@ -29,7 +29,7 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
         mine = "diffusion"
     elif study == "length":
         length = own.get("num_train_timesteps", 100)
-        lengths = [each for each in (100, 50, 20) if each != length]
+        lengths = sorted({20, 50, 100} - {length}, key=lambda each: abs(each - length))
         others = {f"k{each}": variant(f"K = {each}", {**own, "num_train_timesteps": each}) for each in lengths}
         mine = f"K = {length}"
     else:
