@@ -53,7 +53,6 @@ K20 = dict(num_train_timesteps=20)
 FEW = dict(num_train_timesteps=100, num_inference_steps=10, solver="dpmpp_2m", timestep_spacing="lambda")
 VARIANTS = {
     **{algo: Variant(algo, label=label) for algo, label in NAMES.items()},
-    "sac_auto": Variant("sac", dict(ent_coef="auto"), "SAC, entropy tuned"),
     "dipo_k20": Variant("dipo", dict(policy_kwargs=K20), "DIPO, K = 20"),
     "dipo_long": Variant("dipo", dict(policy_kwargs=K20, action_lr=0.12), "DIPO, K = 20, long steps", fewer=4),
     "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5, action_lr=0.12), "DIPO, few steps"),

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import gymnasium as gym
@@ -114,18 +114,19 @@ def welch(ours: pd.Series, theirs: pd.Series) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def palette(names: Iterable[str]) -> dict[str, str]:
+def palette(names: Collection[str]) -> dict[str, str]:
     """Those of the four algorithms, and others for variants; the first DIPO has DIPO's."""
     others = itertools.cycle(["tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey"])
-    free = [] if "dipo" in names else [COLORS["dipo"]]
-    return {name: COLORS.get(name) or (free.pop() if free else next(others)) for name in names}
+    ours = next((name for name in names if name.startswith("dipo")), "dipo")
+    known = COLORS if "dipo" in names else COLORS | {ours: COLORS["dipo"]}
+    return {name: known.get(name) or next(others) for name in names}
 
 
 def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, float]) -> Figure:
     """Mean and standard deviation over seeds, where all of them have been evaluated."""
     figure = Figure(figsize=(4.6 * len(random), 7), layout="constrained")
     figure.suptitle("Mean and standard deviation over seeds")
-    unit, minutes = ("minutes", 60) if curves.hours.max() < 1 else ("hours", 1)
+    unit, per_hour = ("minutes", 60) if curves.hours.max() < 1 else ("hours", 1)
     colors = palette(labels)
     for column, env in zip(figure.subplots(2, len(random), squeeze=False).T, random, strict=True):
         for name, label in labels.items():
@@ -133,7 +134,7 @@ def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, 
             by_step = rows.groupby("steps")
             means = by_step[["mean_return", "hours"]].mean()[by_step.size() == rows.seed.nunique()]
             spread = by_step.mean_return.std().reindex(means.index).fillna(0)
-            for axes, x in zip(column, (means.index, means.hours * minutes), strict=True):
+            for axes, x in zip(column, (means.index, means.hours * per_hour), strict=True):
                 axes.plot(x, means.mean_return, color=colors[name], label=f"{label} (n = {rows.seed.nunique()})")
                 band = (means.mean_return - spread, means.mean_return + spread)
                 axes.fill_between(x, *band, color=colors[name], alpha=0.2, linewidth=0)

@@ -229,7 +229,7 @@ def test_settings(grid: ModuleType) -> None:
     ppo = of("ppo", "Hopper-v5", "zoo", 500)
     assert ppo["normalize"] and not {"buffer_size", "learning_starts"} & set(ppo)
     assert of("sac", "HalfCheetah-v5", "paper", 500)["learning_starts"] == 500
-    assert (of("sac", TASK, "paper")["ent_coef"], of("sac_auto", TASK, "paper")["ent_coef"]) == (0.2, "auto")
+    assert of("sac", TASK, "paper")["ent_coef"] == 0.2 and "ent_coef" not in of("sac", TASK, "zoo")  # SB3 tunes it then
 
 
 def test_ablations_change_one_thing(grid: ModuleType) -> None:
@@ -264,7 +264,7 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
         ("--envs HalfCheeta-v5", "--envs: HalfCheeta-v5 must be a task of Gymnasium's (HalfCheetah-v5"),
         (
             "--algorithms dipo sacc",
-            "--algorithms: sacc must be of dipo, sac, td3, ppo, sac_auto, dipo_k20, dipo_long, dipo_few",
+            "--algorithms: sacc must be of dipo, sac, td3, ppo, dipo_k20, dipo_long, dipo_few",
         ),
         ("--steps 0", "--steps: must be at least 1, not 0"),
         ("--steps 500", "--eval-freq must be at most --steps, 500, not 10000"),
@@ -369,6 +369,14 @@ def test_report_of_what_is_there(
     shutil.rmtree(runs[0].results)
     text = reports.report(runs, labels, tmp_path, "Test", 400)
     assert f"- Missing: {runs[0]}, which has 0 of 400 steps." in text and "| Hopper-v5 | DIPO | 1 |" in text
+
+
+def test_only_a_dipo_has_the_color_of_dipo(reports: ModuleType) -> None:
+    blue = reports.COLORS["dipo"]
+    for names, which in ((["dipo_long", "sac"], "dipo_long"), (["dipo_long", "dipo"], "dipo"), (["mine", "sac"], None)):
+        colors = reports.palette(names)
+        assert [name for name, color in colors.items() if color == blue] == [which] * (which is not None)
+        assert len(set(colors.values())) == len(names)
 
 
 def test_random_return_is_that_of_random_actions(reports: ModuleType, tmp_path: Path) -> None:
