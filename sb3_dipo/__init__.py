@@ -6,28 +6,30 @@ from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.actors import DiffusionActor, MLPActor, VAEActor
 from sb3_dipo.buffers import DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
 from sb3_dipo.checkpoint import ExactCheckpointCallback, load_checkpoint, save_checkpoint
-from sb3_dipo.device_buffer import DIPODeviceReplayBuffer
+from sb3_dipo.critics import EnsembleCritic
 from sb3_dipo.dipo import DIPO
 from sb3_dipo.guard import NonFiniteLossError
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dipo.samplers import Sampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DIPO",
     "CnnPolicy",
-    "DIPODeviceReplayBuffer",
     "DIPODictReplayBuffer",
     "DIPOHerReplayBuffer",
     "DIPONStepReplayBuffer",
     "DIPOPolicy",
     "DIPOReplayBuffer",
     "DiffusionActor",
+    "EnsembleCritic",
     "ExactCheckpointCallback",
     "MLPActor",
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteLossError",
+    "Sampler",
     "VAEActor",
     "__version__",
     "improve_actions",

@@ -22,21 +22,27 @@ def improve_actions(
     on the batch's sum of Q, whose gradient is first clipped to ``action_grad_norm_ratio * action_dim`` by its L2 norm
     over the whole batch. No gradient reaches the parameters of ``q_fn``.
 
-    :param q_fn: Q at fixed states, from actions (batch_size, action_dim) to values (batch_size, 1)
+    :param q_fn: Q at fixed states, from actions (batch_size, action_dim) to values (batch_size, 1). Where it has a method
+        ``gradient(actions)``, which returns the gradient of its sum, (batch_size, action_dim), that is used; else autograd
     :param actions: in [-1, 1], (batch_size, action_dim); left as they are
     :param action_lr: eta, Adam's step size: about what an action moves in one step, in units of the box's half-width
     :param action_gradient_steps: number of steps
     :param action_grad_norm_ratio: largest norm of the batch's gradient, divided by action_dim
     :return: improved actions in [-1, 1], (batch_size, action_dim)
     """
+
+    def autograd(actions: th.Tensor) -> th.Tensor:
+        with th.enable_grad():
+            climber = actions.requires_grad_()
+            return th.autograd.grad(q_fn(climber).sum(), climber)[0]
+
+    gradient_of: Callable[[th.Tensor], th.Tensor] = getattr(q_fn, "gradient", autograd)
     max_norm = action_grad_norm_ratio * actions.shape[1]
     beta1, beta2 = ADAM_BETAS
     actions = actions.detach()
     first_moment, second_moment = th.zeros_like(actions), th.zeros_like(actions)
     for step in range(1, action_gradient_steps + 1):
-        with th.enable_grad():
-            climber = actions.requires_grad_()
-            (gradient,) = th.autograd.grad(q_fn(climber).sum(), climber)
+        gradient = gradient_of(actions)
         with th.no_grad():
             gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp_(max=1.0)
             first_moment.lerp_(gradient, 1 - beta1)

@@ -1,12 +1,13 @@
 """
 Actors: what can be fitted to improved actions.
 
-All share one contract, :class:`GenerativeActor`: ``extract_features(obs)``, ``sample(features)``, ``mode(features)`` and
-``loss(features, actions)``. :class:`DiffusionActor` is the paper's; :class:`VAEActor` and :class:`MLPActor` are those of
-its ablation (Figures 9 and 20).
+All share one contract, :class:`GenerativeActor`: ``extract_features(obs)``, ``sample(features)``,
+``deterministic_action(features)`` and ``loss(features, actions)``. :class:`DiffusionActor` is the paper's; :class:`VAEActor`
+and :class:`MLPActor` are those of its ablation (Figures 9 and 20).
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch as th
@@ -18,23 +19,20 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dipo.arithmetic import INFERENCE_DTYPES, choose_arithmetic
 from sb3_dipo.checks import check_choice, check_float, check_int
-from sb3_dipo.diffusion.process import denoising_loss, sample
+from sb3_dipo.diffusion.process import denoising_loss
 from sb3_dipo.diffusion.schedules import MAX_HORIZON, MIN_HORIZON, SCHEDULES, make_schedule
 from sb3_dipo.diffusion.solvers import SOLVERS, SPACINGS, SolverTable
-from sb3_dipo.networks import NoisePredictionNetwork, init_weights, make_mlp
+from sb3_dipo.networks import NoisePredictionNetwork, UsesOps, init_weights, make_mlp
+from sb3_dipo.samplers import Sampler
 
-SAMPLER_USES = ("behaviour", "target", "evaluation")
-"""What a policy samples for: acting, TD targets, and ``deterministic=True``."""
-
-SamplerSettings = dict[str, Any]
-"""How an actor samples for one use: ``noise_scale``, and for diffusion the other :attr:`DiffusionActor.sampler_options`."""
+MAX_TABLES = 8  # of an actor, for the samplers that were set last: more than a policy has
 
 
-class GenerativeActor(BasePolicy, ABC):
+class GenerativeActor(UsesOps, BasePolicy, ABC):
     """
-    A distribution over actions given a state, from which to sample and which can be fitted to given actions.
+    A distribution over actions given a state, from which to sample and which can be fitted to given actions. A class of your
+    own can be given as ``policy_kwargs=dict(actor=MyActor)``.
 
     :param observation_space: observation space
     :param action_space: action space, a Box
@@ -44,18 +42,16 @@ class GenerativeActor(BasePolicy, ABC):
     :param features_dim: number of features
     :param normalize_images: whether to divide images by 255
     :param share_features_extractor: whether the extractor is the critic's: the actor's loss then leaves it alone
-    :param samplers: how to sample for each of :data:`SAMPLER_USES`; filled in place where empty, so that an actor and its
-        target can share it
-    :param which: for which of them :meth:`sample` samples by default
+    :param noise_scale: factor of the noise in samples, at least 0; the paper's 1
+    :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
     features_extractor: BaseFeaturesExtractor
-    accelerate = "auto"
-    """How :meth:`sample` computes, see :func:`sb3_dipo.arithmetic.choose_arithmetic`."""
-    options: ClassVar[tuple[str, ...]]
+    optimizer: th.optim.Optimizer
+    options: ClassVar[tuple[str, ...]] = ("noise_scale",)
     """The actor's own arguments: what ``policy_kwargs`` may set."""
     sampler_options: ClassVar[tuple[str, ...]] = ("noise_scale",)
-    """What :meth:`set_sampler` may change."""
+    """Those of them that are fields of a :class:`~sb3_dipo.Sampler`, which can be changed at any time."""
 
     def __init__(
         self,
@@ -67,8 +63,7 @@ class GenerativeActor(BasePolicy, ABC):
         features_dim: int,
         normalize_images: bool = True,
         share_features_extractor: bool = False,
-        samplers: dict[str, SamplerSettings] | None = None,
-        which: str = "behaviour",
+        noise_scale: float = 1.0,
     ):
         super().__init__(
             observation_space,
@@ -82,8 +77,7 @@ class GenerativeActor(BasePolicy, ABC):
         self.features_dim = features_dim
         self.share_features_extractor = share_features_extractor
         self.action_dim = get_action_dim(action_space)
-        self.samplers: dict[str, SamplerSettings] = {} if samplers is None else samplers
-        self.which = check_choice("which", which, SAMPLER_USES)
+        self.sampler = Sampler(noise_scale=check_float("noise_scale", noise_scale))
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
         """
@@ -107,8 +101,7 @@ class GenerativeActor(BasePolicy, ABC):
         features: th.Tensor,
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
-        noise_scale: float | None = None,
-        which: str | None = None,
+        sampler: Sampler | None = None,
     ) -> th.Tensor:
         """
         Draw one action for each state. An actor takes those of the draws that it needs.
@@ -116,17 +109,17 @@ class GenerativeActor(BasePolicy, ABC):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: the latent to start from, standard normal; drawn where None
         :param noise: the noise added on the way, standard normal; drawn where None
-        :param noise_scale: factor of the noise; the sampler's where None
-        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param sampler: how to sample; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
     @abstractmethod
-    def mode(self, features: th.Tensor) -> th.Tensor:
+    def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
         The action of ``deterministic=True``: draws nothing, so that it repeats exactly.
 
         :param features: of the states, (batch_size, features_dim)
+        :param sampler: how to sample, though without noise; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
@@ -148,55 +141,27 @@ class GenerativeActor(BasePolicy, ABC):
         :return: the loss, a scalar
         """
 
-    def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
+    def check_sampler(self, sampler: Sampler) -> Sampler:
         """
-        Check a sampler's settings before they are used.
+        Check a sampler before it is used.
 
-        :param settings: all settings of one use
-        :return: the settings, cleaned
-        :raises ValueError: naming the setting and what it may be
+        :param sampler: how to sample
+        :return: the same, with numbers of the right type
+        :raises ValueError: naming the field and what it may be
         """
-        return {**settings, "noise_scale": check_float("noise_scale", settings["noise_scale"])}
-
-    def set_sampler(self, which: str = "all", **changes: Any) -> None:
-        """See :meth:`sb3_dipo.policies.DIPOPolicy.set_sampler`."""
-        check_choice("which", which, ("all", *SAMPLER_USES))
-        for name in changes:
-            if name not in self.sampler_options:
-                raise ValueError(
-                    f"`{name}` does not apply to the sampler of {type(self).__name__}, "
-                    f"which has: {', '.join(self.sampler_options)}."
-                )
-        if which == "evaluation" and changes.get("noise_scale"):
-            raise ValueError("`noise_scale` must be 0 for `which='evaluation'`: `deterministic=True` draws no noise.")
-        uses = SAMPLER_USES if which == "all" else (which,)
-        checked = {use: self.check_sampler({**self.samplers[use], **changes}) for use in uses}
-        if "evaluation" in checked:
-            checked["evaluation"]["noise_scale"] = 0.0
-        self.samplers.update(checked)
-
-    def _init_samplers(self, **settings: Any) -> None:
-        for use in SAMPLER_USES:
-            own = {**settings, "noise_scale": 0.0} if use == "evaluation" else settings
-            self.samplers[use] = self.check_sampler({**own, **self.samplers.get(use, {})})
-
-    def _noise_scale(self, noise_scale: float | None, which: str | None) -> float:
-        return self._sampler(which)["noise_scale"] if noise_scale is None else noise_scale
-
-    def _sampler(self, which: str | None) -> SamplerSettings:
-        return self.samplers[self.which if which is None else check_choice("which", which, SAMPLER_USES)]
+        return replace(sampler, noise_scale=check_float("noise_scale", sampler.noise_scale))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        names = ("net_arch", "activation_fn", "features_extractor", "features_dim", "share_features_extractor", "which")
-        options = (name for name in self.options if name not in self.sampler_options)
-        data.update({name: getattr(self, name) for name in (*names, *options)}, samplers=self.samplers)
+        names = ("net_arch", "activation_fn", "features_extractor", "features_dim", "share_features_extractor")
+        data.update({name: getattr(self, name) for name in names})
+        data.update({name: getattr(self.sampler if name in self.sampler_options else self, name) for name in self.options})
         return data
 
-    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """Actions in [-1, 1], (batch_size, action_dim), for observations."""
+    def forward(self, obs: PyTorchObs, deterministic: bool = False, sampler: Sampler | None = None) -> th.Tensor:
+        """Actions in [-1, 1], (batch_size, action_dim), for observations, with a sampler or the actor's own."""
         features = self.extract_features(obs)
-        return self.mode(features) if deterministic else self.sample(features)
+        return self.deterministic_action(features, sampler) if deterministic else self.sample(features, sampler=sampler)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
@@ -217,11 +182,8 @@ class DiffusionActor(GenerativeActor):
     :param timestep_spacing: which of the K steps those are, if fewer: ``"linspace"``, evenly spread, or ``"lambda"``, evenly
         in log signal-to-noise, without the steps that have hardly any signal: for few steps of ``"dpmpp_2m"`` or ``"ddim"``
     :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``; must be 0 for the others
-    :param noise_scale: factor of the noise added on the way, at least 0; the paper's 1
     :param clip_sample: clip the predicted clean action to the box at every step, as the authors do; the result always is
     :param time_embed_dim: size of the timestep embedding, even, at least 4; the paper's 32
-    :param inference_dtype: ``"float32"``, or ``"bfloat16"`` to round both sides of the products between hidden layers in the
-        reverse process and in the action gradient, where weights take no gradient: faster, and actions differ a little
     :param kwargs: as :class:`GenerativeActor`
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
@@ -237,7 +199,6 @@ class DiffusionActor(GenerativeActor):
         "noise_scale",
         "clip_sample",
         "time_embed_dim",
-        "inference_dtype",
     )
     sampler_options = ("solver", "num_inference_steps", "timestep_spacing", "eta", "noise_scale")
 
@@ -253,80 +214,69 @@ class DiffusionActor(GenerativeActor):
         num_inference_steps: int | None = None,
         timestep_spacing: str = "linspace",
         eta: float = 0.0,
-        noise_scale: float = 1.0,
         clip_sample: bool = True,
         time_embed_dim: int = 32,
-        inference_dtype: str = "float32",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
-        check_choice("beta_schedule", beta_schedule, SCHEDULES)
-        time_embed_dim = check_int("time_embed_dim", time_embed_dim, 4)
-        if time_embed_dim % 2:
+        self.num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
+        self.beta_schedule = check_choice("beta_schedule", beta_schedule, SCHEDULES)
+        self.time_embed_dim = check_int("time_embed_dim", time_embed_dim, 4)
+        if self.time_embed_dim % 2:
             raise ValueError(f"`time_embed_dim` must be even, not {time_embed_dim}.")
         if not isinstance(clip_sample, bool):
             raise ValueError(f"`clip_sample` must be True or False, not {clip_sample!r}.")
-        if horizon is not None:
-            horizon = check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
-
-        self.num_train_timesteps = num_train_timesteps
-        self.beta_schedule = beta_schedule
-        self.horizon = horizon
         self.clip_sample = clip_sample
-        self.time_embed_dim = time_embed_dim
-        self.inference_dtype = check_choice("inference_dtype", inference_dtype, INFERENCE_DTYPES)
-        self.schedule = make_schedule(beta_schedule, num_train_timesteps, horizon)
-        self._tables: dict[tuple[str, int, str, float], tuple[SolverTable, th.Tensor]] = {}
-        self._init_samplers(
-            solver=solver,
-            num_inference_steps=num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            eta=eta,
-            noise_scale=noise_scale,
+        self.horizon = None if horizon is None else check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
+        self.schedule = make_schedule(self.beta_schedule, self.num_train_timesteps, self.horizon)
+        self._tables: dict[tuple[str, int, str, float], SolverTable] = {}
+        own = replace(
+            self.sampler, solver=solver, num_inference_steps=num_inference_steps, timestep_spacing=timestep_spacing, eta=eta
         )
+        self.sampler = self.check_sampler(own)
         self.noise_network = NoisePredictionNetwork(
             self.action_dim, self.features_dim, self.net_arch, self.activation_fn, time_embed_dim
         )
         # the one starting point of deterministic=True: drawn here, saved with the weights
         self.register_buffer("latent", th.randn(1, self.action_dim))
 
-    def check_sampler(self, settings: SamplerSettings) -> SamplerSettings:
-        settings = super().check_sampler(settings)
-        check_choice("solver", settings["solver"], SOLVERS)
-        check_choice("timestep_spacing", settings["timestep_spacing"], SPACINGS)
-        if settings["num_inference_steps"] is not None:
-            settings["num_inference_steps"] = check_int("num_inference_steps", settings["num_inference_steps"], 1)
-        settings["eta"] = check_float("eta", settings["eta"], maximum=1.0)
-        if settings["eta"] != 0 and settings["solver"] != "ddim":
+    def check_sampler(self, sampler: Sampler) -> Sampler:
+        sampler = super().check_sampler(sampler)
+        check_choice("solver", sampler.solver, SOLVERS)
+        check_choice("timestep_spacing", sampler.timestep_spacing, SPACINGS)
+        if sampler.num_inference_steps is not None:
+            sampler = replace(sampler, num_inference_steps=check_int("num_inference_steps", sampler.num_inference_steps, 1))
+        sampler = replace(sampler, eta=check_float("eta", sampler.eta, maximum=1.0))
+        if sampler.eta != 0 and sampler.solver != "ddim":
             raise ValueError(
-                f"`eta` belongs to `solver='ddim'` and must be 0 with {settings['solver']!r}, not {settings['eta']}."
+                f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}."
             )
-        self._table(settings)  # more checks, and made before it is needed
-        return settings
+        self.solver_table(sampler)  # the solver checks, too
+        return sampler
 
-    def set_sampler(self, which: str = "all", **changes: Any) -> None:
-        if changes.get("solver", "ddim") != "ddim":
-            changes.setdefault("eta", 0.0)
-        super().set_sampler(which, **changes)
+    def solver_table(self, sampler: Sampler) -> SolverTable:
+        """
+        The coefficients of a sampler's steps.
 
-    def _table(self, settings: SamplerSettings) -> tuple[SolverTable, th.Tensor]:
-        """The solver's coefficients, and its timesteps as a tensor on the actor's device."""
-        num_inference_steps = settings["num_inference_steps"] or len(self.schedule)
-        key = (settings["solver"], num_inference_steps, settings["timestep_spacing"], settings["eta"])
-        if key not in self._tables or self._tables[key][1].device != self.schedule.alpha_t.device:
-            grid = SPACINGS[settings["timestep_spacing"]](self.schedule, num_inference_steps)
-            table = SOLVERS[settings["solver"]](self.schedule, grid, settings["eta"])
-            self._tables[key] = table, th.tensor(grid, device=self.schedule.alpha_t.device)
-        return self._tables[key]
+        :param sampler: how to sample
+        :raises ValueError: if its solver cannot take these steps
+        """
+        num_inference_steps = sampler.num_inference_steps or len(self.schedule)
+        key = (sampler.solver, num_inference_steps, sampler.timestep_spacing, sampler.eta)
+        table = self._tables.get(key)
+        if table is None:
+            grid = SPACINGS[sampler.timestep_spacing](self.schedule, num_inference_steps)
+            table = self._tables[key] = SOLVERS[sampler.solver](self.schedule, grid, sampler.eta)
+            if len(self._tables) > MAX_TABLES:
+                del self._tables[next(iter(self._tables))]
+        return table
 
     def sample(
         self,
         features: th.Tensor,
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
-        noise_scale: float | None = None,
-        which: str | None = None,
+        sampler: Sampler | None = None,
     ) -> th.Tensor:
         """
         Play a ~ pi(.|s): start from noise and denoise it step by step.
@@ -335,38 +285,32 @@ class DiffusionActor(GenerativeActor):
         :param initial_noise: a_K, (batch_size, action_dim); standard normal where None
         :param noise: z in order of use, (num_inference_steps, batch_size, action_dim); standard normal where None. The
             authors' sampler multiplies the last of them by 0
-        :param noise_scale: factor of z; the sampler's where None. 0 is the authors' evaluation
-        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param sampler: how to sample; :attr:`sampler` where None. With ``noise_scale`` 0 it is the authors' evaluation
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        table, timesteps = self._table(self._sampler(which))
-        noise_scale = self._noise_scale(noise_scale, which)
+        sampler = sampler or self.sampler
+        table = self.solver_table(sampler)
         shape = (features.shape[0], self.action_dim)
         if initial_noise is None:
-            initial_noise = th.randn(shape, device=features.device)
-        if noise_scale == 0 or not table.stochastic:
+            initial_noise = th.randn(shape, dtype=features.dtype, device=features.device)
+        if sampler.noise_scale == 0 or not table.stochastic:
             noise = None
         elif noise is None:
-            noise = th.randn((len(table.steps), *shape), device=features.device)
-        if noise is not None and noise_scale != 1:
-            noise = noise_scale * noise
-        arithmetic = choose_arithmetic(features, self.accelerate, self.inference_dtype)
-        predict_noise = self.noise_network.bind(features, timesteps, arithmetic)
-        mlp, constants = predict_noise.mlp, predict_noise.constants
-        if arithmetic.kernels is not None and mlp.is_mish and constants is not None:
-            kernel = arithmetic.kernels.sample
-            return kernel(table, constants, mlp.on_x, mlp.layers, initial_noise, noise, self.clip_sample)
-        return sample(table, predict_noise, initial_noise, noise, self.clip_sample)
+            noise = th.randn((len(table.steps), *shape), dtype=features.dtype, device=features.device)
+        if noise is not None and sampler.noise_scale != 1:
+            noise = sampler.noise_scale * noise
+        return self.ops.reverse_process(self.noise_network, table, features, initial_noise, noise, self.clip_sample)
 
-    def mode(self, features: th.Tensor) -> th.Tensor:
+    def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
         The reverse process from one latent, the same for every state, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
+        :param sampler: how to sample, though without noise; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         latent = self.latent.expand(features.shape[0], -1)
-        return self.sample(features, initial_noise=latent, noise_scale=0.0, which="evaluation")
+        return self.sample(features, initial_noise=latent, sampler=replace(sampler or self.sampler, noise_scale=0.0))
 
     def loss(
         self,
@@ -385,7 +329,7 @@ class DiffusionActor(GenerativeActor):
         :return: the loss, a scalar
         """
         if timesteps is None:
-            timesteps = th.randint(len(self.schedule), (actions.shape[0],), device=actions.device)
+            timesteps = th.randint(len(self.schedule), (actions.shape[0],), dtype=th.int64, device=actions.device)
         if noise is None:
             noise = th.randn_like(actions)
 
@@ -406,13 +350,12 @@ class VAEActor(GenerativeActor):
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = ("latent_dim", "kl_weight")
+    options = ("latent_dim", "kl_weight", "noise_scale")
 
     def __init__(self, *args: Any, latent_dim: int = 256, kl_weight: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.latent_dim = check_int("latent_dim", latent_dim, 1)
         self.kl_weight = check_float("kl_weight", kl_weight)
-        self._init_samplers(noise_scale=1.0)
         arch, act = self.net_arch, self.activation_fn
         encoded_dim = arch[-1] if arch else self.action_dim + self.features_dim
         self.encoder = make_mlp(self.action_dim + self.features_dim, -1, arch, act)
@@ -425,8 +368,7 @@ class VAEActor(GenerativeActor):
         features: th.Tensor,
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
-        noise_scale: float | None = None,
-        which: str | None = None,
+        sampler: Sampler | None = None,
     ) -> th.Tensor:
         """
         Decode z ~ N(0, noise_scale^2 I).
@@ -434,20 +376,20 @@ class VAEActor(GenerativeActor):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: z, (batch_size, latent_dim); standard normal where None
         :param noise: the same: there is but one draw, and it may come by either name
-        :param noise_scale: factor of z; the sampler's where None
-        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param sampler: its ``noise_scale`` is the factor of z; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         if initial_noise is None:
             initial_noise = noise
         if initial_noise is None:
-            initial_noise = th.randn((features.shape[0], self.latent_dim), device=features.device)
-        z = self._noise_scale(noise_scale, which) * initial_noise
+            shape = (features.shape[0], self.latent_dim)
+            initial_noise = th.randn(shape, dtype=features.dtype, device=features.device)
+        z = (sampler or self.sampler).noise_scale * initial_noise
         return self.decoder(th.cat([z, features], dim=1)).clamp(-1, 1)
 
-    def mode(self, features: th.Tensor) -> th.Tensor:
+    def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """Decode z = 0: features (batch_size, features_dim) to actions in [-1, 1], (batch_size, action_dim)."""
-        zeros = th.zeros((features.shape[0], self.latent_dim), device=features.device)
+        zeros = th.zeros((features.shape[0], self.latent_dim), dtype=features.dtype, device=features.device)
         return self.decoder(th.cat([zeros, features], dim=1)).clamp(-1, 1)
 
     def loss(
@@ -487,12 +429,11 @@ class MLPActor(GenerativeActor):
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = ("noise_std",)
+    options = ("noise_std", "noise_scale")
 
     def __init__(self, *args: Any, noise_std: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.noise_std = check_float("noise_std", noise_std)
-        self._init_samplers(noise_scale=1.0)
         self.layers = make_mlp(self.features_dim, self.action_dim, self.net_arch, self.activation_fn)
 
     def sample(
@@ -500,8 +441,7 @@ class MLPActor(GenerativeActor):
         features: th.Tensor,
         initial_noise: th.Tensor | None = None,
         noise: th.Tensor | None = None,
-        noise_scale: float | None = None,
-        which: str | None = None,
+        sampler: Sampler | None = None,
     ) -> th.Tensor:
         """
         The regression's action + N(0, (noise_scale noise_std)^2 I).
@@ -509,8 +449,7 @@ class MLPActor(GenerativeActor):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: the same as ``noise``: there is but one draw, and it may come by either name
         :param noise: (batch_size, action_dim); standard normal where None
-        :param noise_scale: factor of ``noise_std``; the sampler's where None
-        :param which: whose sampler to use, one of :data:`SAMPLER_USES`; the actor's own default where None
+        :param sampler: its ``noise_scale`` is the factor of ``noise_std``; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         actions = self.layers(features)
@@ -518,9 +457,9 @@ class MLPActor(GenerativeActor):
             noise = initial_noise
         if noise is None:
             noise = th.randn_like(actions)
-        return (actions + self._noise_scale(noise_scale, which) * self.noise_std * noise).clamp(-1, 1)
+        return (actions + (sampler or self.sampler).noise_scale * self.noise_std * noise).clamp(-1, 1)
 
-    def mode(self, features: th.Tensor) -> th.Tensor:
+    def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """The regression's action: features (batch_size, features_dim) to actions in [-1, 1], (batch_size, action_dim)."""
         return self.layers(features).clamp(-1, 1)
 

@@ -46,6 +46,7 @@ class ImprovedSamples(NamedTuple):
     """
 
     observations: th.Tensor | TensorDict
+    actions: th.Tensor
     improved_actions: th.Tensor
     rows: Any
     envs: Any
@@ -103,7 +104,7 @@ class ImprovedActionsMixin:
         """
         rows, envs = self._draw_places(batch_size)
         return ImprovedSamples(
-            self._observations_at(rows, envs, env), self._to_torch(self.improved_actions[rows, envs]), rows, envs
+            self._observations_at(rows, envs, env), self._to_torch(self.actions[rows, envs]), self._to_torch(self.improved_actions[rows, envs]), rows, envs
         )
 
     def update_improved(self, rows: np.ndarray, envs: np.ndarray, actions: th.Tensor | np.ndarray) -> None:
@@ -246,7 +247,7 @@ class DIPOHerReplayBuffer(ImprovedActionsMixin, HerReplayBuffer):
             observations["desired_goal"][relabelled] = self._sample_goals(rows[relabelled], envs[relabelled])
         start = np.where(relabelled[:, None], self.actions[rows, envs], self.improved_actions[rows, envs])
         return ImprovedSamples(
-            self._to_torch_obs(observations, env), self._to_torch(start), np.where(relabelled, -1, rows), envs
+            self._to_torch_obs(observations, env), self._to_torch(self.actions[rows, envs]), self._to_torch(start), np.where(relabelled, -1, rows), envs
         )
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]

@@ -1,60 +1,70 @@
-"""What happens when a loss is not finite: the update that met it leaves no trace, and the device is not waited for."""
+"""Steps of optimizers and targets, none of which is taken after a number that is not finite."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch as th
-
-from sb3_dipo.arithmetic import on_host
+from stable_baselines3.common.utils import polyak_update, update_learning_rate
 
 
 class NonFiniteLossError(ValueError):
     """A loss, or the norm of its gradient, was infinite or not a number. A ValueError, so that tuning prunes the trial."""
 
 
-def step_if(ok: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+def clipped_gradient(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
     """
-    One step of an optimizer, or none.
+    Give the optimizer's parameters the gradient of a loss, clipped by its joint L2 norm.
 
-    :param ok: whether to, a boolean scalar, which is not read where the optimizer can be told on the device (fused ones)
-    :param optimizer: an optimizer, with gradients
+    :param optimizer: of the parameters
+    :param loss: a scalar
+    :param max_grad_norm: the largest norm, above 0
+    :return: the norm before it was clipped, a scalar
     """
-    if not on_host(ok) and getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]  # as PyTorch's GradScaler tells it
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+
+
+class Guard:
+    """Takes steps, and raises an error in place of one that is not finite. Nothing that was done before is undone."""
+
+    def begin(self) -> None:
+        """Called before the updates of a ``train()``."""
+
+    def end(self) -> None:
+        """Called after them."""
+
+    def prepare(self, optimizer: th.optim.Optimizer) -> None:
+        """Called of each optimizer before it is used, and after its state was loaded."""
+
+    def set_learning_rate(self, optimizer: th.optim.Optimizer, learning_rate: float) -> None:
+        """As SB3's ``update_learning_rate``."""
+        update_learning_rate(optimizer, learning_rate)
+
+    def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
+        """
+        Take one step down a loss's clipped gradient.
+
+        :param name: of the loss, for the error
+        :param optimizer: of the parameters to change
+        :param loss: a scalar
+        :param max_grad_norm: largest L2 norm of the gradient, above 0
+        :raises NonFiniteLossError: if the loss or its gradient is not finite; nothing is changed then
+        """
+        grad_norm = clipped_gradient(optimizer, loss, max_grad_norm)
+        if not th.isfinite(loss.detach() + grad_norm):
+            optimizer.zero_grad()
+            raise non_finite(name, f" (loss {loss.item()}, gradient norm {grad_norm.item()})")
         optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
-    elif ok:
-        optimizer.step()
+
+    def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
+        """As SB3's ``polyak_update``."""
+        polyak_update(params, target_params, tau)
 
 
-def remember(tensors: Iterable[th.Tensor], optimizer: th.optim.Optimizer) -> Callable[[th.Tensor], None]:
-    """
-    Remember tensors and the state of an optimizer.
-
-    :param tensors: such as parameters and running statistics
-    :param optimizer: the optimizer; the state that its first step makes is then gone, or 0 on a GPU, as Adam's starts
-    :return: a function of a flag, a boolean scalar, that puts all of it back unless the flag is True
-    """
-    known = {id(tensor): (tensor, tensor.clone()) for tensor in (*tensors, *_state(optimizer))}
-    numbers = {parameter: {**state} for parameter, state in optimizer.state.items()}  # what is no tensor is on the host
-
-    @th.no_grad()
-    def put_back_unless(ok: th.Tensor) -> None:
-        # outside of a capture, waiting once for the flag costs less than putting everything back
-        capturing = not on_host(ok) and (ok.device.type != "cuda" or th.cuda.is_current_stream_capturing())
-        if not capturing and ok:
-            return
-        for tensor, value in known.values():
-            tensor.copy_(th.where(ok.to(tensor.device), tensor, value))
-        if on_host(ok):
-            optimizer.state.clear()
-            optimizer.state.update(numbers)
-        else:
-            for value in _state(optimizer):
-                if id(value) not in known:
-                    value.copy_(th.where(ok.to(value.device), value, 0 * value))
-
-    return put_back_unless
-
-
-def _state(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, th.Tensor)]
+def non_finite(name: str, numbers: str = "") -> NonFiniteLossError:
+    """The error for a loss of a name."""
+    return NonFiniteLossError(
+        f"`{name}` or its gradient is not finite{numbers}. Neither this step nor any after it was taken; those before it stay. "
+        "Look for observations or rewards that are not finite, or lower the learning rates."
+    )

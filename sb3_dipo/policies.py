@@ -1,6 +1,7 @@
 """Policies: they build actor, critics, their targets and the optimizers."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -15,11 +16,16 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_dipo.accelerate import CudaGraphs
-from sb3_dipo.actors import ACTORS, GenerativeActor, SamplerSettings
-from sb3_dipo.arithmetic import Mish
+from sb3_dipo.actors import ACTORS, GenerativeActor
 from sb3_dipo.checks import check_choice, check_int
-from sb3_dipo.networks import CriticEnsemble
+from sb3_dipo.critics import CRITICS, Critic
+from sb3_dipo.networks import PLAIN, UsesOps
+from sb3_dipo.samplers import SAMPLER_USES, Sampler
+
+ACCELERATIONS = ("auto", "cudagraphs", "compile", "off")
+INFERENCE_DTYPES = ("float32", "bfloat16")
+
+SelfDIPOPolicy = TypeVar("SelfDIPOPolicy", bound="DIPOPolicy")
 
 
 class DIPOPolicy(BasePolicy):
@@ -38,19 +44,23 @@ class DIPOPolicy(BasePolicy):
     :param normalize_images: whether to divide images by 255
     :param optimizer_class: optimizer of actor and critics; the authors' Adam
     :param optimizer_kwargs: its arguments but for the learning rate; the authors' ``dict(eps=1e-5)`` with Adam
-    :param n_critics: number of critics, at least 1, whose minimum is used; the paper's 2
-    :param actor: ``"diffusion"`` (the paper's), or ``"vae"`` or ``"mlp"``, those of its ablation
+    :param actor: ``"diffusion"`` (the paper's), ``"vae"`` or ``"mlp"``, those of its ablation, or a class
+    :param critic: ``"ensemble"`` (the paper's), or a class
+    :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers in the reverse process and
+        in the action gradient, where weights take no gradient: faster, and actions differ a little. TD targets and training
+        steps stay in float32, and so does everything with ``accelerate="off"``
     :param samplers: how to sample for each use, as :meth:`set_sampler` leaves it; for loading
-    :param actor_options: the actor's own: see :class:`~sb3_dipo.actors.DiffusionActor`,
-        :class:`~sb3_dipo.actors.VAEActor`, :class:`~sb3_dipo.actors.MLPActor`
-    :raises ValueError: for an option of another actor or a value outside its range, naming the option and what it may be
+    :param options: the actor's and the critic's own: see :class:`~sb3_dipo.DiffusionActor`, :class:`~sb3_dipo.VAEActor`,
+        :class:`~sb3_dipo.MLPActor`, :class:`~sb3_dipo.critics.EnsembleCritic`
+    :raises ValueError: for an option of another actor or critic or a value outside its range, naming the option and what it
+        may be
     """
 
     actor: GenerativeActor
     actor_target: GenerativeActor
-    critic: CriticEnsemble
-    critic_target: CriticEnsemble
-    _graphs: CudaGraphs | None = None
+    critic: Critic
+    critic_target: Critic
+    _graphs: Any = None  # CUDA graphs to act in, see sb3_dipo.fast
 
     def __init__(
         self,
@@ -58,17 +68,18 @@ class DIPOPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.Mish,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         share_features_extractor: bool = False,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
-        n_critics: int = 2,
-        actor: str = "diffusion",
-        samplers: dict[str, SamplerSettings] | None = None,
-        **actor_options: Any,
+        actor: str | type[GenerativeActor] = "diffusion",
+        critic: str | type[Critic] = "ensemble",
+        inference_dtype: str = "float32",
+        samplers: dict[str, dict[str, Any]] | None = None,
+        **options: Any,
     ):
         if optimizer_kwargs is None:
             optimizer_kwargs = {"eps": 1e-5} if optimizer_class == th.optim.Adam else {}
@@ -82,37 +93,41 @@ class DIPOPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        self.actor_name = check_choice("actor", actor, ACTORS)
-        self.actor_options = actor_options
-        self._check_actor_options()
+        self.kinds: dict[str, Any] = {"actor": actor, "critic": critic}
+        self.actor_class = _find_class("actor", actor, GenerativeActor, ACTORS)
+        self.critic_class = _find_class("critic", critic, Critic, CRITICS)
+        self.inference_dtype = check_choice("inference_dtype", inference_dtype, INFERENCE_DTYPES)
+        self.options = options
+        for name in options:
+            if name not in (*self.actor_class.options, *self.critic_class.options):
+                raise self._unknown_option(name)
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
         for width in (width for arch in get_actor_critic_arch(self.net_arch) for width in arch):
             check_int("net_arch", width, 1)
         self.activation_fn = activation_fn
         self.share_features_extractor = share_features_extractor
-        self.n_critics = check_int("n_critics", n_critics, 1)
-        self.samplers: dict[str, SamplerSettings] = {use: dict(settings) for use, settings in (samplers or {}).items()}
         self._build(lr_schedule)
+        self.samplers = {use: self.actor.sampler for use in SAMPLER_USES}
+        self.set_sampler("evaluation", noise_scale=0.0)
+        for use, settings in (samplers or {}).items():
+            self.set_sampler(use, **settings)
 
-    def _check_actor_options(self) -> None:
-        own = ACTORS[self.actor_name].options
-        for name in self.actor_options:
-            if name in own:
-                continue
-            owners = [repr(other) for other, actor_class in ACTORS.items() if name in actor_class.options]
-            if not owners:
-                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
-            raise ValueError(
-                f"`{name}` is an option of `actor={' or '.join(owners)}` and does not apply to `actor={self.actor_name!r}`, "
-                f"which has: {', '.join(own)}."
-            )
+    def _unknown_option(self, name: str) -> Exception:
+        for kind, classes, own in (("actor", ACTORS, self.actor_class), ("critic", CRITICS, self.critic_class)):
+            owners = [repr(each) for each, known in classes.items() if name in known.options]
+            if owners:
+                return ValueError(
+                    f"`{name}` is an option of `{kind}={' or '.join(owners)}` and does not apply to "
+                    f"`{kind}={self.kinds[kind]!r}`, which has: {', '.join(own.options)}."
+                )
+        return TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
 
     def _build(self, lr_schedule: Schedule) -> None:
         shared = self.share_features_extractor
         self.critic = self.make_critic()
         self.critic_target = self.make_critic()
-        self.actor = self.make_actor("behaviour", self.critic.features_extractor if shared else None)
-        self.actor_target = self.make_actor("target", self.critic_target.features_extractor if shared else None)
+        self.actor = self.make_actor(self.critic.features_extractor if shared else None)
+        self.actor_target = self.make_actor(self.critic_target.features_extractor if shared else None)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target.load_state_dict(self.actor.state_dict())
 
@@ -124,11 +139,10 @@ class DIPOPolicy(BasePolicy):
         self.actor_target.set_training_mode(False)
         self.critic_target.set_training_mode(False)
 
-    def make_actor(self, which: str, features_extractor: BaseFeaturesExtractor | None = None) -> GenerativeActor:
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> GenerativeActor:
         """
         Make an actor.
 
-        :param which: what it samples for by default, see :meth:`set_sampler`
         :param features_extractor: the extractor to share; its own where None
         """
         kwargs = {
@@ -138,15 +152,13 @@ class DIPOPolicy(BasePolicy):
             "activation_fn": self.activation_fn,
             "normalize_images": self.normalize_images,
             "share_features_extractor": self.share_features_extractor,
-            "samplers": self.samplers,
-            "which": which,
-            **self.actor_options,
+            **self._own(self.actor_class),
         }
-        return ACTORS[self.actor_name](**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
+        return self.actor_class(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> CriticEnsemble:
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         """
-        Make an ensemble of critics.
+        Make a critic.
 
         :param features_extractor: the extractor to share; its own where None
         """
@@ -156,23 +168,35 @@ class DIPOPolicy(BasePolicy):
             "net_arch": get_actor_critic_arch(self.net_arch)[1],
             "activation_fn": self.activation_fn,
             "normalize_images": self.normalize_images,
-            "n_critics": self.n_critics,
-            "inference_dtype": self.actor_options.get("inference_dtype", "float32"),
+            **self._own(self.critic_class),
         }
-        return CriticEnsemble(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
+        return self.critic_class(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
-    def set_accelerate(self, accelerate: str, graphs: CudaGraphs | None = None) -> None:
-        """
-        Say how the policy computes. It is not saved with it: another machine may do better otherwise.
+    def _own(self, owner: Any) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name in owner.options}
 
-        :param accelerate: ``"auto"``, ``"cudagraphs"``, ``"compile"`` or ``"off"``, see
-            :func:`sb3_dipo.arithmetic.choose_arithmetic`
-        :param graphs: to capture acting in, one for each batch size; eager where None
+    def set_accelerate(self, accelerate: str) -> None:
         """
-        self._graphs = graphs
+        Say how the policy computes. It is not saved with it, as another machine may do better otherwise.
+
+        :param accelerate: ``"auto"``, ``"cudagraphs"``, ``"compile"`` or ``"off"``, see :class:`~sb3_dipo.DIPO`
+        :raises sb3_dipo.fast.KernelError: for ``"compile"`` on a CPU, if the kernels cannot be compiled
+        """
+        ops = PLAIN
+        if check_choice("accelerate", accelerate, ACCELERATIONS) != "off":
+            from sb3_dipo.fast import make_ops
+
+            ops = make_ops(self.device, accelerate, self.inference_dtype)
         for module in self.modules():
-            if hasattr(module, "accelerate"):
-                module.accelerate = accelerate  # type: ignore[assignment]
+            if isinstance(module, UsesOps):
+                module.ops = ops
+
+    @classmethod
+    def load(cls: type[SelfDIPOPolicy], path: str, device: th.device | str = "auto") -> SelfDIPOPolicy:
+        """As SB3's; the policy computes as with ``accelerate="auto"``."""
+        policy = super().load(path, device)
+        policy.set_accelerate("auto")
+        return policy
 
     def set_sampler(self, which: str = "all", **changes: Any) -> None:
         """
@@ -190,18 +214,38 @@ class DIPOPolicy(BasePolicy):
         :param noise_scale: factor of the noise, at least 0; the only setting that VAE and MLP have
         :raises ValueError: naming the setting and what it may be; nothing is changed then
         """
-        self.actor.set_sampler(which, **changes)
+        check_choice("which", which, ("all", *SAMPLER_USES))
+        known = self.actor.sampler_options
+        for name in changes:
+            if name not in known:
+                raise ValueError(
+                    f"`{name}` does not apply to the sampler of {type(self.actor).__name__}, which has: {', '.join(known)}."
+                )
+        if which == "evaluation" and changes.get("noise_scale"):
+            raise ValueError("`noise_scale` must be 0 for `which='evaluation'`: `deterministic=True` draws no noise.")
+        if changes.get("solver", "ddim") != "ddim":
+            changes = {"eta": 0.0, **changes}
+        samplers = dict(self.samplers)
+        for use in SAMPLER_USES if which == "all" else (which,):
+            samplers[use] = replace(samplers[use], **changes | ({"noise_scale": 0.0} if use == "evaluation" else {}))
+        for actor in (self.actor, self.actor_target):  # all uses, so that both have made what they need
+            samplers = {use: actor.check_sampler(sampler) for use, sampler in samplers.items()}
+        self.samplers = samplers
+
+    def sampler_settings(self) -> dict[str, dict[str, Any]]:
+        """How the policy samples for each use, as ``samplers`` takes it: what is saved."""
+        names = self.actor.sampler_options
+        return {use: {name: getattr(sampler, name) for name in names} for use, sampler in self.samplers.items()}
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """Actions in [-1, 1], (batch_size, action_dim), for a batch of observations."""
         return self._predict(observation, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        sampler = self.samplers["evaluation" if deterministic else "behaviour"]
         if self._graphs is None or th.is_grad_enabled():
-            return self.actor(observation, deterministic)
-        place = next(self.actor.parameters()).data_ptr()  # `to()` may move them
-        key = ("act", deterministic, repr(self.samplers), self.actor.training, place)
-        return self._graphs(lambda obs: self.actor(obs, deterministic), key, observation)
+            return self.actor(observation, deterministic, sampler)
+        return self._graphs.act(self.actor, observation, deterministic, sampler)
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -224,12 +268,20 @@ class DIPOPolicy(BasePolicy):
             share_features_extractor=self.share_features_extractor,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
-            n_critics=self.n_critics,
-            actor=self.actor_name,
-            samplers=self.samplers,
-            **self.actor_options,
+            inference_dtype=self.inference_dtype,
+            samplers=self.sampler_settings(),
+            **self.kinds,
+            **self.options,
         )
         return data
+
+
+def _find_class(name: str, value: Any, base: type[Any], known: dict[str, Any]) -> Any:
+    if isinstance(value, type):
+        if not issubclass(value, base):
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))} or a subclass of {base.__name__}, not {value}.")
+        return value
+    return known[check_choice(name, value, known)]
 
 
 MlpPolicy = DIPOPolicy
@@ -254,7 +306,7 @@ class CnnPolicy(DIPOPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.Mish,
         features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
         **kwargs: Any,
     ):
@@ -282,7 +334,7 @@ class MultiInputPolicy(DIPOPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.Mish,
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ):

@@ -17,7 +17,6 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_dipo import DIPO, DIPOReplayBuffer
-from sb3_dipo.networks import BoundNoisePrediction
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -91,9 +90,9 @@ def give_noise(agent: DIPO, of_sample: Sequence[dict[str, th.Tensor]], of_loss: 
     sample, loss = agent.actor_target.sample, agent.actor.loss
     samples, losses = iter(of_sample), iter(of_loss)
 
-    def given_sample(features: th.Tensor) -> th.Tensor:
+    def given_sample(features: th.Tensor, sampler: Any) -> th.Tensor:
         arguments: dict[str, Any] = next(samples)
-        return sample(features, **arguments)
+        return sample(features, **{"sampler": sampler, **arguments})
 
     def given_loss(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return loss(features, actions, **next(losses))
@@ -128,22 +127,10 @@ def displacement_error(parameters: Sequence[th.Tensor], start: Sequence[Any], ex
 
 @contextlib.contextmanager
 def noise_predictions(network: Any) -> Iterator[list[int]]:
-    """Batch sizes of the calls of a NoisePredictionNetwork in reverse processes."""
+    """Batch sizes of the calls of a NoisePredictionNetwork in reverse processes, which a hook makes plain."""
     calls: list[int] = []
-    bind = network.bind
-
-    class Counting(BoundNoisePrediction):
-        def __call__(self, noisy_actions: th.Tensor, step: int) -> th.Tensor:
-            calls.append(len(noisy_actions))
-            return super().__call__(noisy_actions, step)
-
-    def counting_bind(*args: Any) -> BoundNoisePrediction:
-        bound = bind(*args)
-        bound.__class__ = Counting
-        return bound
-
-    network.bind = counting_bind
+    hook = network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     try:
         yield calls
     finally:
-        del network.bind
+        hook.remove()

@@ -1,6 +1,5 @@
 """The diffusion process: noising, the denoising loss, and the one loop that samples."""
 
-import functools
 from collections.abc import Callable
 
 import torch as th
@@ -43,7 +42,6 @@ def denoising_loss(
     return F.mse_loss(predict_noise(add_noise(schedule, actions, noise, timesteps), timesteps), noise)
 
 
-@functools.cache  # made once: a copy from the host has no place in a CUDA graph
 def noise_scales(table: SolverTable, device: th.device, dtype: th.dtype) -> th.Tensor:
     """The coefficients s of the noise added on the way, (number of steps, 1, 1)."""
     return th.tensor([step.s for step in table.steps], device=device, dtype=dtype).view(-1, 1, 1)
@@ -55,6 +53,7 @@ def sample(
     initial_noise: th.Tensor,
     noise: th.Tensor | None,
     clip_sample: bool = True,
+    scales: th.Tensor | None = None,
 ) -> th.Tensor:
     """
     Run the reverse process: from noise to actions in ``len(table.steps)`` steps (paper, Algorithm 4 with the authors'
@@ -66,20 +65,21 @@ def sample(
     :param initial_noise: a_K, (batch_size, action_dim)
     :param noise: the noise added along the way, in order of use, (number of steps, batch_size, action_dim); None adds none
     :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
+    :param scales: :func:`noise_scales`, where they were made before
     :return: actions clipped to [-1, 1], (batch_size, action_dim)
     """
     x, previous, added = initial_noise, None, None
     if noise is not None:
-        added = (noise * noise_scales(table, noise.device, noise.dtype)).unbind()
+        added = (noise * (noise_scales(table, noise.device, noise.dtype) if scales is None else scales)).unbind()
     for i, step in enumerate(table.steps):
         # D = (x - sigma_t eps) / alpha_t
         denoised = th.sub(x * (1 / step.alpha_t), predict_noise(x, i), alpha=step.sigma_t / step.alpha_t)
         if clip_sample:
-            denoised = denoised.clamp_(-1, 1)
+            denoised = denoised.clamp(-1, 1)
         # x' = a x + b D + c D_prev + s z
         x = x * step.a if added is None else th.add(added[i], x, alpha=step.a)
-        x.add_(denoised, alpha=step.b)
+        x = th.add(x, denoised, alpha=step.b)
         if previous is not None and step.c != 0:
-            x.add_(previous, alpha=step.c)
+            x = th.add(x, previous, alpha=step.c)
         previous = denoised
     return x.clamp(-1, 1)

@@ -15,25 +15,25 @@ def cosine_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     The squared-cosine schedule of the authors' code, on its grid x_i = i (K + 1) / K, i = 0..K:
     ``f_i = cos((x_i / (K + 1) + 0.008) / 1.008 * pi / 2)^2``, ``beta_i = clip(1 - f_i / f_{i-1}, 0, 0.999)``.
     """
-    grid = th.linspace(0, 1, num_train_timesteps + 1, dtype=th.float64)
+    grid = th.linspace(0, 1, num_train_timesteps + 1, dtype=th.float64, device="cpu")
     remaining = th.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - remaining[1:] / remaining[:-1]).clamp(0, 0.999).float()
 
 
 def vp_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     """The variance-preserving schedule: ``beta_i = 1 - exp(-0.1 / K - 0.5 (10 - 0.1) (2 i - 1) / K^2)``, i = 1..K."""
-    i = th.arange(1, num_train_timesteps + 1, dtype=th.float64)
+    i = th.arange(1, num_train_timesteps + 1, dtype=th.float64, device="cpu")
     return (1 - th.exp(-0.1 / num_train_timesteps - 0.5 * (10 - 0.1) * (2 * i - 1) / num_train_timesteps**2)).float()
 
 
 def linear_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     """K values evenly spaced from 1e-4 to 2e-2."""
-    return th.linspace(1e-4, 2e-2, num_train_timesteps, dtype=th.float64).float()
+    return th.linspace(1e-4, 2e-2, num_train_timesteps, dtype=th.float64, device="cpu").float()
 
 
 def ou_betas(num_train_timesteps: int, horizon: float) -> th.Tensor:
     """The paper's Ornstein-Uhlenbeck process (2) on a uniform grid of step h = T / K: constant ``beta = 1 - exp(-2 h)``."""
-    return th.full((num_train_timesteps,), -math.expm1(-2 * horizon / num_train_timesteps), dtype=th.float64)
+    return th.full((num_train_timesteps,), -math.expm1(-2 * horizon / num_train_timesteps), dtype=th.float64, device="cpu")
 
 
 SCHEDULES: dict[str, Callable[[int, float], th.Tensor]] = {

@@ -98,7 +98,7 @@ def lambda_grid(schedule: NoiseSchedule, num_inference_steps: int) -> tuple[int,
     first, last = (float(schedule.lambda_t[end].clamp(-LAMBDA_LIMIT, LAMBDA_LIMIT)) for end in (-1, 0))
     grid: list[int] = []
     highest = len(schedule) - 1
-    for i, target in enumerate(th.linspace(first, last, num_inference_steps, dtype=th.float64)):
+    for i, target in enumerate(th.linspace(first, last, num_inference_steps, dtype=th.float64, device="cpu")):
         nearest = int((schedule.lambda_t - target).abs().argmin())
         lowest = num_inference_steps - 1 - i  # leaves an index for each step to come
         grid.append(max(lowest, min(nearest, highest)))

@@ -5,6 +5,7 @@ reverse process for a few states in one call.
 
 import ctypes
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 
 import torch as th
 
-from sb3_dipo.diffusion.process import noise_scales
 from sb3_dipo.diffusion.solvers import SolverTable
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -54,7 +54,7 @@ def load_kernels() -> "Kernels":
 
 class Kernels:
     """
-    The compiled functions, for dense float32 tensors on the CPU.
+    The compiled functions, for float32 tensors on the CPU; a ``TypeError`` refuses others.
 
     :param library: with the functions of ``kernels.cpp``
     """
@@ -69,64 +69,75 @@ class Kernels:
             function.restype = None
 
     def mish(self, x: th.Tensor) -> th.Tensor:
-        """As :func:`sb3_dipo.arithmetic.mish`, in one pass."""
+        """As :func:`sb3_dipo.fast.ops.mish`, in one pass."""
         x = x.contiguous()
         y = th.empty_like(x)
-        self._mish(x.data_ptr(), y.data_ptr(), x.numel())
+        self._mish(_pointer(x), _pointer(y), x.numel())
         return y
 
     def mish_backward(self, grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
-        """As :func:`sb3_dipo.arithmetic.mish_backward`, in one pass."""
-        grad_output, x = grad_output.contiguous(), x.contiguous()
+        """As :func:`sb3_dipo.fast.ops.mish_backward`, in one pass."""
+        grad_output, x = grad_output.expand_as(x).contiguous(), x.contiguous()
         result = th.empty_like(x)
-        self._mish_backward(grad_output.data_ptr(), x.data_ptr(), result.data_ptr(), x.numel())
+        self._mish_backward(_pointer(grad_output), _pointer(x), _pointer(result), x.numel())
         return result
 
     def sample(
         self,
-        table: SolverTable,
+        coefficients: th.Tensor,
         constants: th.Tensor,
         on_action: th.Tensor,
         layers: Sequence[tuple[th.Tensor, th.Tensor]],
         initial_noise: th.Tensor,
-        noise: th.Tensor | None,
+        added: th.Tensor | None,
         clip_sample: bool = True,
     ) -> th.Tensor:
         """
         As :func:`sb3_dipo.diffusion.process.sample` with an MLP of Mish, in one call: for few states.
 
-        :param table: a solver's coefficients
+        :param coefficients: of a solver's table, see :func:`coefficients`
         :param constants: what state, timestep and bias add to the first layer, (number of steps, batch_size, its width)
         :param on_action: the action's columns of the first layer's weight, transposed, (action_dim, its width)
         :param layers: weight (out, in) and bias (out,) of the others
         :param initial_noise: a_K, (batch_size, action_dim)
-        :param noise: the noise added along the way, (number of steps, batch_size, action_dim); None adds none
+        :param added: s z, the noise added along the way, (number of steps, batch_size, action_dim); None adds none
         :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
         :return: actions clipped to [-1, 1], (batch_size, action_dim)
         """
-        added = None if noise is None else (noise * noise_scales(table, noise.device, noise.dtype)).contiguous()
-        coefficients, constants, on_action = _coefficients(table), constants.contiguous(), on_action.contiguous()
-        weights, biases = ([tensor.contiguous() for tensor in tensors] for tensors in zip(*layers, strict=True))
         actions = initial_noise.clone(memory_format=th.contiguous_format)
-        widths = [constants.shape[2], *(len(weight) for weight in weights)]
-        pointers = ctypes.c_void_p * len(layers)
+        steps, widths = len(constants), [constants.shape[2], *(len(weight) for weight, _ in layers)]
+        expected = [(steps, 5), (steps, len(actions), widths[0]), (actions.shape[1], widths[0])]
+        expected += [(out, width) for width, out in itertools.pairwise(widths)] + [(out,) for out in widths[1:]]
+        expected += [] if added is None else [(steps, *actions.shape)]
+        weights, biases = zip(*layers, strict=True)
+        given = [coefficients, constants, on_action, *weights, *biases, *([] if added is None else [added])]
+        given = [tensor.contiguous() for tensor in given]
+        if [tensor.shape for tensor in given] != expected or widths[-1] != actions.shape[1]:
+            raise TypeError(f"The kernel was given shapes {[tuple(tensor.shape) for tensor in given]}, not {expected}.")
+        pointers, array = [_pointer(tensor) for tensor in given], ctypes.c_void_p * len(layers)
         self._reverse(
-            len(table.steps),
+            steps,
             *actions.shape,
             len(layers),
             (ctypes.c_int64 * len(widths))(*widths),
-            coefficients.data_ptr(),
-            constants.data_ptr(),
-            on_action.data_ptr(),
-            pointers(*(weight.data_ptr() for weight in weights)),
-            pointers(*(bias.data_ptr() for bias in biases)),
-            None if added is None else added.data_ptr(),
+            *pointers[:3],
+            array(*pointers[3 : 3 + len(layers)]),
+            array(*pointers[3 + len(layers) : 3 + 2 * len(layers)]),
+            None if added is None else pointers[-1],
             clip_sample,
-            actions.data_ptr(),
+            _pointer(actions),
         )
         return actions
 
 
-@functools.cache
-def _coefficients(table: SolverTable) -> th.Tensor:
-    return th.tensor([[1 / step.alpha_t, step.sigma_t / step.alpha_t, step.a, step.b, step.c] for step in table.steps])
+def _pointer(tensor: th.Tensor) -> int:
+    """Where a tensor's numbers are, if they are what the kernels read."""
+    if tensor.dtype != th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TypeError(f"The kernels take dense float32 tensors on the CPU, not {tensor.dtype} on {tensor.device}.")
+    return tensor.data_ptr()
+
+
+def coefficients(table: SolverTable) -> th.Tensor:
+    """What :meth:`Kernels.sample` reads of a solver's table: 1 / alpha_t, sigma_t / alpha_t, a, b, c; (number of steps, 5)."""
+    rows = [[1 / step.alpha_t, step.sigma_t / step.alpha_t, step.a, step.b, step.c] for step in table.steps]
+    return th.tensor(rows, dtype=th.float32, device="cpu")
