@@ -1,5 +1,6 @@
 """Policies: they build actor, critics, their targets and the optimizers."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -195,7 +196,8 @@ class DIPOPolicy(BasePolicy):
     def load(cls: type[SelfDIPOPolicy], path: str, device: th.device | str = "auto") -> SelfDIPOPolicy:
         """As SB3's; the policy computes as with ``accelerate="auto"``."""
         policy = super().load(path, device)
-        policy.set_accelerate("auto")
+        with suppress(ImportError):  # where `fast` was left out
+            policy.set_accelerate("auto")
         return policy
 
     def set_sampler(self, which: str = "all", **changes: Any) -> None:
