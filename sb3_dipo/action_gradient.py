@@ -14,6 +14,8 @@ def improve_actions(
     action_lr: float = 0.03,
     action_gradient_steps: int = 20,
     action_grad_norm_ratio: float = 0.1,
+    max_action_shift: float | None = None,
+    actions_taken: th.Tensor | None = None,
 ) -> th.Tensor:
     """
     Move a batch of actions uphill on Q: ``a <- clip(a + eta grad_a Q(s, a), -1, 1)``, equation (15), several times.
@@ -28,6 +30,8 @@ def improve_actions(
     :param action_lr: eta, Adam's step size: about what an action moves in one step, in units of the box's half-width
     :param action_gradient_steps: number of steps
     :param action_grad_norm_ratio: largest norm of the batch's gradient, divided by action_dim
+    :param max_action_shift: how far an action may get from ``actions_taken`` in each dimension, above 0; None is no bound
+    :param actions_taken: the middle of that bound, in [-1, 1], (batch_size, action_dim); ``actions`` where None
     :return: improved actions in [-1, 1], (batch_size, action_dim)
     """
 
@@ -40,6 +44,10 @@ def improve_actions(
     max_norm = action_grad_norm_ratio * actions.shape[1]
     beta1, beta2 = ADAM_BETAS
     actions = actions.detach()
+    low, high = -1.0, 1.0
+    if max_action_shift is not None:
+        middle = (actions if actions_taken is None else actions_taken).detach()
+        low, high = (middle - max_action_shift).clamp(min=-1), (middle + max_action_shift).clamp(max=1)
     first_moment, second_moment = th.zeros_like(actions), th.zeros_like(actions)
     for step in range(1, action_gradient_steps + 1):
         gradient = gradient_of(actions)
@@ -48,5 +56,5 @@ def improve_actions(
             first_moment.lerp_(gradient, 1 - beta1)
             second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             denominator = (second_moment / (1 - beta2**step)).sqrt_().add_(ADAM_EPS)
-            actions = th.addcdiv(actions, first_moment, denominator, value=action_lr / (1 - beta1**step)).clamp_(-1, 1)
+            actions = th.addcdiv(actions, first_moment, denominator, value=action_lr / (1 - beta1**step)).clamp_(low, high)
     return actions.detach()

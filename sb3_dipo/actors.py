@@ -2,8 +2,8 @@
 Actors: what can be fitted to improved actions.
 
 All share one contract, :class:`GenerativeActor`: ``extract_features(obs)``, ``sample(features)``,
-``deterministic_action(features)`` and ``loss(features, actions)``. :class:`DiffusionActor` is the paper's; :class:`VAEActor`
-and :class:`MLPActor` are those of its ablation (Figures 9 and 20).
+``deterministic_action(features)`` and ``loss(features, actions)``. :class:`DiffusionActor` is the paper's; :class:`FlowActor`
+needs fewer steps; :class:`VAEActor` and :class:`MLPActor` are those of the paper's ablation (Figures 9 and 20).
 """
 
 from abc import ABC, abstractmethod
@@ -19,10 +19,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dipo.checks import check_choice, check_float, check_int
-from sb3_dipo.diffusion.process import denoising_loss
+from sb3_dipo.checks import check_bool, check_choice, check_float, check_int
+from sb3_dipo.diffusion.process import denoising_loss, flow_matching_loss
 from sb3_dipo.diffusion.schedules import MAX_HORIZON, MIN_HORIZON, SCHEDULES, make_schedule
-from sb3_dipo.diffusion.solvers import SOLVERS, SPACINGS, SolverTable
+from sb3_dipo.diffusion.solvers import FLOW_SOLVERS, FLOW_TIME, SOLVERS, SPACINGS, SolverTable
 from sb3_dipo.networks import NoisePredictionNetwork, UsesOps, init_weights, make_mlp
 from sb3_dipo.samplers import Sampler
 
@@ -42,16 +42,19 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
     :param features_dim: number of features
     :param normalize_images: whether to divide images by 255
     :param share_features_extractor: whether the extractor is the critic's: the actor's loss then leaves it alone
+    :param num_candidates: actions of which the policy takes the one that the critic values most, at least 1; the paper's 1
     :param noise_scale: factor of the noise in samples, at least 0; the paper's 1
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
     features_extractor: BaseFeaturesExtractor
     optimizer: th.optim.Optimizer
-    options: ClassVar[tuple[str, ...]] = ("noise_scale",)
+    options: ClassVar[tuple[str, ...]] = ("num_candidates", "noise_scale")
     """The actor's own arguments: what ``policy_kwargs`` may set."""
-    sampler_options: ClassVar[tuple[str, ...]] = ("noise_scale",)
+    sampler_options: ClassVar[tuple[str, ...]] = ("num_candidates", "noise_scale")
     """Those of them that are fields of a :class:`~sb3_dipo.Sampler`, which can be changed at any time."""
+    evaluation_sampler: ClassVar[dict[str, Any]] = {"num_candidates": 1, "noise_scale": 0}
+    """Fields of a sampler that ``deterministic=True`` does not leave open."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         features_dim: int,
         normalize_images: bool = True,
         share_features_extractor: bool = False,
+        num_candidates: int = 1,
         noise_scale: float = 1.0,
     ):
         super().__init__(
@@ -77,7 +81,7 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         self.features_dim = features_dim
         self.share_features_extractor = share_features_extractor
         self.action_dim = get_action_dim(action_space)
-        self.sampler = Sampler(noise_scale=check_float("noise_scale", noise_scale))
+        self.sampler = Sampler(check_int("num_candidates", num_candidates, 1), check_float("noise_scale", noise_scale))
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
         """
@@ -149,7 +153,8 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         :return: the same, with numbers of the right type
         :raises ValueError: naming the field and what it may be
         """
-        return replace(sampler, noise_scale=check_float("noise_scale", sampler.noise_scale))
+        num_candidates = check_int("num_candidates", sampler.num_candidates, 1)
+        return replace(sampler, num_candidates=num_candidates, noise_scale=check_float("noise_scale", sampler.noise_scale))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -167,92 +172,39 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         return self(observation, deterministic)
 
 
-class DiffusionActor(GenerativeActor):
+class IterativeActor(GenerativeActor):
     """
-    The paper's policy: the reverse of a noising process, fitted by denoising (Algorithms 1 and 4).
+    What :class:`DiffusionActor` and :class:`FlowActor` share: actions are made of noise in the steps of a solver's table.
 
     :param args: as :class:`GenerativeActor`
-    :param num_train_timesteps: K, length of the process, at least 1; the paper's 100
-    :param beta_schedule: ``"cosine"`` (the paper's), ``"vp"``, ``"linear"`` or ``"ou"``, see
-        :mod:`sb3_dipo.diffusion.schedules`
-    :param horizon: T, noise time of the ``"ou"`` process, 1e-3 to 50; None is 4; must be None for the others
-    :param solver: ``"ddpm"`` (the authors' sampler), ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"`` (the paper's
-        Algorithm 1), see :mod:`sb3_dipo.diffusion.solvers`
-    :param num_inference_steps: steps really taken when sampling, between 1 and K; None is all K
-    :param timestep_spacing: which of the K steps those are, if fewer: ``"linspace"``, evenly spread, or ``"lambda"``, evenly
-        in log signal-to-noise, without the steps that have hardly any signal: for few steps of ``"dpmpp_2m"`` or ``"ddim"``
-    :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``; must be 0 for the others
     :param clip_sample: clip the predicted clean action to the box at every step, as the authors do; the result always is
     :param time_embed_dim: size of the timestep embedding, even, at least 4; the paper's 32
     :param kwargs: as :class:`GenerativeActor`
-    :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "horizon",
-        "solver",
-        "num_inference_steps",
-        "timestep_spacing",
-        "eta",
-        "noise_scale",
-        "clip_sample",
-        "time_embed_dim",
-    )
-    sampler_options = ("solver", "num_inference_steps", "timestep_spacing", "eta", "noise_scale")
+    evaluation_sampler: ClassVar[dict[str, Any]] = {"noise_scale": 0}
 
     latent: th.Tensor
+    network: NoisePredictionNetwork
 
-    def __init__(
-        self,
-        *args: Any,
-        num_train_timesteps: int = 100,
-        beta_schedule: str = "cosine",
-        horizon: float | None = None,
-        solver: str = "ddpm",
-        num_inference_steps: int | None = None,
-        timestep_spacing: str = "linspace",
-        eta: float = 0.0,
-        clip_sample: bool = True,
-        time_embed_dim: int = 32,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, clip_sample: bool = True, time_embed_dim: int = 32, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
-        self.beta_schedule = check_choice("beta_schedule", beta_schedule, SCHEDULES)
+        self.clip_sample = check_bool("clip_sample", clip_sample)
         self.time_embed_dim = check_int("time_embed_dim", time_embed_dim, 4)
         if self.time_embed_dim % 2:
             raise ValueError(f"`time_embed_dim` must be even, not {time_embed_dim}.")
-        if not isinstance(clip_sample, bool):
-            raise ValueError(f"`clip_sample` must be True or False, not {clip_sample!r}.")
-        self.clip_sample = clip_sample
-        self.horizon = None if horizon is None else check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
-        self.schedule = make_schedule(self.beta_schedule, self.num_train_timesteps, self.horizon)
-        self._tables: dict[tuple[str, int, str, float], SolverTable] = {}
-        own = replace(
-            self.sampler, solver=solver, num_inference_steps=num_inference_steps, timestep_spacing=timestep_spacing, eta=eta
-        )
-        self.sampler = self.check_sampler(own)
-        self.noise_network = NoisePredictionNetwork(
-            self.action_dim, self.features_dim, self.net_arch, self.activation_fn, time_embed_dim
-        )
+        self._tables: dict[Sampler, SolverTable] = {}
+
+    def _make_network(self) -> NoisePredictionNetwork:
+        sizes = (self.action_dim, self.features_dim, self.net_arch, self.activation_fn, self.time_embed_dim)
+        network = NoisePredictionNetwork(*sizes)
         # the one starting point of deterministic=True: drawn here, saved with the weights
         self.register_buffer("latent", th.randn(1, self.action_dim))
+        return network
 
-    def check_sampler(self, sampler: Sampler) -> Sampler:
-        sampler = super().check_sampler(sampler)
-        check_choice("solver", sampler.solver, SOLVERS)
-        check_choice("timestep_spacing", sampler.timestep_spacing, SPACINGS)
-        if sampler.num_inference_steps is not None:
-            sampler = replace(sampler, num_inference_steps=check_int("num_inference_steps", sampler.num_inference_steps, 1))
-        sampler = replace(sampler, eta=check_float("eta", sampler.eta, maximum=1.0))
-        if sampler.eta != 0 and sampler.solver != "ddim":
-            raise ValueError(
-                f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}."
-            )
-        self.solver_table(sampler)  # the solver checks, too
-        return sampler
+    @abstractmethod
+    def _make_table(self, sampler: Sampler) -> SolverTable:
+        """The coefficients of a sampler's steps."""
 
     def solver_table(self, sampler: Sampler) -> SolverTable:
         """
@@ -261,12 +213,10 @@ class DiffusionActor(GenerativeActor):
         :param sampler: how to sample
         :raises ValueError: if its solver cannot take these steps
         """
-        num_inference_steps = sampler.num_inference_steps or len(self.schedule)
-        key = (sampler.solver, num_inference_steps, sampler.timestep_spacing, sampler.eta)
+        key = replace(sampler, num_candidates=1, noise_scale=1.0)  # which do not matter here
         table = self._tables.get(key)
         if table is None:
-            grid = SPACINGS[sampler.timestep_spacing](self.schedule, num_inference_steps)
-            table = self._tables[key] = SOLVERS[sampler.solver](self.schedule, grid, sampler.eta)
+            table = self._tables[key] = self._make_table(key)
             if len(self._tables) > MAX_TABLES:
                 del self._tables[next(iter(self._tables))]
         return table
@@ -283,8 +233,8 @@ class DiffusionActor(GenerativeActor):
 
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: a_K, (batch_size, action_dim); standard normal where None
-        :param noise: z in order of use, (num_inference_steps, batch_size, action_dim); standard normal where None. The
-            authors' sampler multiplies the last of them by 0
+        :param noise: z in order of use, (number of steps, batch_size, action_dim); standard normal where None. The authors'
+            sampler multiplies the last of them by 0; solvers that are not stochastic use none
         :param sampler: how to sample; :attr:`sampler` where None. With ``noise_scale`` 0 it is the authors' evaluation
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
@@ -299,18 +249,112 @@ class DiffusionActor(GenerativeActor):
             noise = th.randn((len(table.steps), *shape), dtype=features.dtype, device=features.device)
         if noise is not None and sampler.noise_scale != 1:
             noise = sampler.noise_scale * noise
-        return self.ops.reverse_process(self.noise_network, table, features, initial_noise, noise, self.clip_sample)
+        return self.ops.reverse_process(self.network, table, features, initial_noise, noise, self.clip_sample)
 
     def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
-        The reverse process from one latent, the same for every state, without noise on the way.
+        The steps from one latent, the same for every state, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
         :param sampler: how to sample, though without noise; :attr:`sampler` where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        latent = self.latent.expand(features.shape[0], -1)
-        return self.sample(features, initial_noise=latent, sampler=replace(sampler or self.sampler, noise_scale=0.0))
+        latents = self.latent.expand(features.shape[0], -1)
+        return self.sample(features, initial_noise=latents, sampler=replace(sampler or self.sampler, noise_scale=0))
+
+    def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
+        """
+        Several actions for each state that repeat exactly, for ``deterministic=True`` with ``num_candidates`` above 1: from
+        :attr:`latent`, and from others that are the same for every agent.
+
+        :param features: of the states, each ``num_candidates`` times in a row, (batch_size * num_candidates, features_dim)
+        :param sampler: how to sample, though without noise
+        :return: actions in [-1, 1], (batch_size * num_candidates, action_dim)
+        """
+        shape = (sampler.num_candidates - 1, self.action_dim)
+        generator = th.Generator(device="cpu").manual_seed(0)
+        others = th.randn(shape, generator=generator, dtype=th.float32, device="cpu").to(self.latent)
+        latents = th.cat([self.latent, others]).repeat(features.shape[0] // sampler.num_candidates, 1)
+        return self.sample(features, initial_noise=latents, sampler=replace(sampler, noise_scale=0))
+
+
+class DiffusionActor(IterativeActor):
+    """
+    The paper's policy: the reverse of a noising process, fitted by denoising (Algorithms 1 and 4).
+
+    :param args: as :class:`GenerativeActor`
+    :param num_train_timesteps: K, length of the process, at least 1; the paper's 100
+    :param beta_schedule: ``"cosine"`` (the paper's), ``"vp"``, ``"linear"`` or ``"ou"``, see
+        :mod:`sb3_dipo.diffusion.schedules`
+    :param horizon: T, noise time of the ``"ou"`` process, 1e-3 to 50; None is 4; must be None for the others
+    :param solver: ``"ddpm"`` (the authors' sampler), ``"ddim"``, ``"dpmpp_2m"`` or ``"exponential_integrator"`` (the paper's
+        Algorithm 1), see :mod:`sb3_dipo.diffusion.solvers`
+    :param num_inference_steps: steps really taken when sampling, between 1 and K; None is all K
+    :param timestep_spacing: which of the K steps those are, if fewer: ``"linspace"``, evenly spread, or ``"lambda"``, evenly
+        in log signal-to-noise, without the steps that have hardly any signal: for few steps of ``"dpmpp_2m"`` or ``"ddim"``
+    :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``; must be 0 for the others
+    :param kwargs: as :class:`IterativeActor`
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "horizon",
+        "solver",
+        "num_inference_steps",
+        "timestep_spacing",
+        "eta",
+        "num_candidates",
+        "noise_scale",
+        "clip_sample",
+        "time_embed_dim",
+    )
+    sampler_options = ("solver", "num_inference_steps", "timestep_spacing", "eta", "num_candidates", "noise_scale")
+
+    def __init__(
+        self,
+        *args: Any,
+        num_train_timesteps: int = 100,
+        beta_schedule: str = "cosine",
+        horizon: float | None = None,
+        solver: str = "ddpm",
+        num_inference_steps: int | None = None,
+        timestep_spacing: str = "linspace",
+        eta: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1)
+        self.beta_schedule = check_choice("beta_schedule", beta_schedule, SCHEDULES)
+        self.horizon = None if horizon is None else check_float("horizon", horizon, MIN_HORIZON, MAX_HORIZON)
+        self.schedule = make_schedule(self.beta_schedule, self.num_train_timesteps, self.horizon)
+        own = dict(solver=solver, num_inference_steps=num_inference_steps, timestep_spacing=timestep_spacing, eta=eta)
+        self.sampler = self.check_sampler(replace(self.sampler, **own))  # type: ignore[arg-type]
+        self.noise_network = self._make_network()
+
+    @property
+    def network(self) -> NoisePredictionNetwork:  # type: ignore[override]
+        """eps(a_k, s, k)."""
+        return self.noise_network
+
+    def check_sampler(self, sampler: Sampler) -> Sampler:
+        sampler = super().check_sampler(sampler)
+        check_choice("solver", sampler.solver, SOLVERS)
+        check_choice("timestep_spacing", sampler.timestep_spacing, SPACINGS)
+        if sampler.num_inference_steps is not None:
+            sampler = replace(sampler, num_inference_steps=check_int("num_inference_steps", sampler.num_inference_steps, 1))
+        sampler = replace(sampler, eta=check_float("eta", sampler.eta, maximum=1.0))
+        if sampler.eta != 0 and sampler.solver != "ddim":
+            raise ValueError(
+                f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}."
+            )
+        self.solver_table(sampler)  # the solver checks, too
+        return sampler
+
+    def _make_table(self, sampler: Sampler) -> SolverTable:
+        grid = SPACINGS[sampler.timestep_spacing](self.schedule, sampler.num_inference_steps or len(self.schedule))
+        return SOLVERS[sampler.solver](self.schedule, grid, sampler.eta)
 
     def loss(
         self,
@@ -339,6 +383,69 @@ class DiffusionActor(GenerativeActor):
         return denoising_loss(self.schedule, predict_noise, actions, timesteps, noise)
 
 
+class FlowActor(IterativeActor):
+    """
+    Rectified flow (Liu et al. 2023, arXiv 2209.03003): a network predicts the velocity from noise z to the action a along
+    x_t = (1 - t) z + t a, and a few steps of a solver follow it from t = 0 to 1. Nothing is random but the start.
+
+    :param args: as :class:`GenerativeActor`
+    :param solver: ``"euler"``, or ``"midpoint"``, which evaluates the network twice in each step
+    :param num_inference_steps: steps of the solver, at least 1
+    :param kwargs: as :class:`IterativeActor`; ``noise_scale`` has nothing to scale and is no option
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = ("solver", "num_inference_steps", "num_candidates", "clip_sample", "time_embed_dim")
+    sampler_options = ("solver", "num_inference_steps", "num_candidates")
+
+    def __init__(self, *args: Any, solver: str = "euler", num_inference_steps: int = 5, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        own = replace(self.sampler, solver=solver, num_inference_steps=num_inference_steps)
+        self.sampler = self.check_sampler(own)
+        self.velocity_network = self._make_network()
+
+    @property
+    def network(self) -> NoisePredictionNetwork:  # type: ignore[override]
+        """v(x_t, s, 100 t)."""
+        return self.velocity_network
+
+    def check_sampler(self, sampler: Sampler) -> Sampler:
+        sampler = super().check_sampler(sampler)
+        check_choice("solver", sampler.solver, FLOW_SOLVERS)
+        steps = check_int("num_inference_steps", sampler.num_inference_steps, 1)
+        return replace(sampler, num_inference_steps=steps)
+
+    def _make_table(self, sampler: Sampler) -> SolverTable:
+        assert sampler.num_inference_steps is not None
+        return FLOW_SOLVERS[sampler.solver](sampler.num_inference_steps)
+
+    def loss(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        timesteps: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """
+        || v(x_t, s, t) - (a - z) ||^2, averaged over batch and action dimensions.
+
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: improved actions in [-1, 1], (batch_size, action_dim)
+        :param timesteps: t in [0, 1], (batch_size,); uniform where None
+        :param noise: z, (batch_size, action_dim); standard normal where None
+        :return: the loss, a scalar
+        """
+        if timesteps is None:
+            timesteps = th.rand(actions.shape[0], dtype=actions.dtype, device=actions.device)
+        if noise is None:
+            noise = th.randn_like(actions)
+
+        def predict_velocity(x: th.Tensor, times: th.Tensor) -> th.Tensor:
+            return self.velocity_network(x, FLOW_TIME * times, features)
+
+        return flow_matching_loss(predict_velocity, actions, timesteps, noise)
+
+
 class VAEActor(GenerativeActor):
     """
     The ablation's conditional variational autoencoder (paper, Figures 9 and 20; authors' code).
@@ -350,7 +457,7 @@ class VAEActor(GenerativeActor):
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = ("latent_dim", "kl_weight", "noise_scale")
+    options = ("latent_dim", "kl_weight", "num_candidates", "noise_scale")
 
     def __init__(self, *args: Any, latent_dim: int = 256, kl_weight: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -429,7 +536,7 @@ class MLPActor(GenerativeActor):
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = ("noise_std", "noise_scale")
+    options = ("noise_std", "num_candidates", "noise_scale")
 
     def __init__(self, *args: Any, noise_std: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -485,4 +592,4 @@ class MLPActor(GenerativeActor):
         return F.mse_loss(prediction + self.noise_std * noise, actions)
 
 
-ACTORS: dict[str, type[GenerativeActor]] = {"diffusion": DiffusionActor, "vae": VAEActor, "mlp": MLPActor}
+ACTORS: dict[str, type[GenerativeActor]] = {"diffusion": DiffusionActor, "flow": FlowActor, "vae": VAEActor, "mlp": MLPActor}

@@ -19,7 +19,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_dipo.actors import GenerativeActor
 from sb3_dipo.buffers import resolve_replay_buffer, with_improved_actions
-from sb3_dipo.checks import check_choice, check_float, check_int
+from sb3_dipo.checks import check_bool, check_choice, check_float, check_int
 from sb3_dipo.critics import Critic
 from sb3_dipo.guard import Guard
 from sb3_dipo.policies import ACCELERATIONS, DIPOPolicy
@@ -40,6 +40,8 @@ ARGUMENTS = {
     "max_grad_norm": partial(check_float, open_minimum=True, finite=False),
     "actor_target_update_interval": partial(check_int, minimum=1),
     "accelerate": partial(check_choice, choices=ACCELERATIONS),
+    "persist_improved_actions": check_bool,
+    "action_gradient_start": partial(check_choice, choices=("replay", "policy")),
 }
 """Each argument that is checked, and its check, which returns the value or raises a ValueError that names the argument."""
 
@@ -54,6 +56,8 @@ class DIPOBase(OffPolicyAlgorithm):
     critic_target: Critic
     action_gradient_steps: int
     persist_improved_actions: bool
+    max_action_shift: float | None
+    action_gradient_start: str
     qf_learning_rate: Any
     accelerate: str
     samplers: dict[str, dict[str, Any]] | None
@@ -147,8 +151,10 @@ class DIPOBase(OffPolicyAlgorithm):
             check_int("train_freq", self.train_freq[0], 1)
         else:
             self.train_freq = check_int("train_freq", self.train_freq, 1)
-        if not isinstance(self.persist_improved_actions, bool):
-            raise ValueError(f"`persist_improved_actions` must be True or False, not {self.persist_improved_actions!r}.")
+        if self.max_action_shift is not None:
+            self.max_action_shift = check_float("max_action_shift", self.max_action_shift, open_minimum=True)
+            if self.action_gradient_start == "policy":
+                raise ValueError("`max_action_shift` must be None with `action_gradient_start='policy'`.")
 
     # ------------------------------------------------------------------------------------------------- learning rates
 

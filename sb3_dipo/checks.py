@@ -13,6 +13,13 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     return value
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, raise ``ValueError`` otherwise."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, not {value!r}.")
+    return value
+
+
 def check_int(name: str, value: Any, minimum: int) -> int:
     """Return ``value`` as an int if it is a whole number >= ``minimum`` (``1e6`` is one), raise ``ValueError`` otherwise."""
     try:

@@ -3,7 +3,7 @@ Critics: what says how good an action is.
 
 All share one contract, :class:`Critic`: ``critic(obs, actions)``, ``next_value(obs, actions)`` for TD targets,
 ``loss(obs, actions, targets)``, and ``objective(obs)``, which the action gradient climbs. :class:`EnsembleCritic` is the
-paper's.
+paper's; :class:`QuantileCritic` is TQC's.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.utils import quantile_huber_loss
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
@@ -19,8 +20,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dipo.checks import check_int
-from sb3_dipo.networks import UsesOps, init_weights, smallest
+from sb3_dipo.checks import check_bool, check_int
+from sb3_dipo.networks import UsesOps, average, init_weights, smallest
 
 
 class Critic(UsesOps, BaseModel, ABC):
@@ -93,13 +94,30 @@ class Critic(UsesOps, BaseModel, ABC):
         """
 
     @abstractmethod
-    def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
+    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
         """
-        What :func:`sb3_dipo.improve_actions` climbs, at fixed states, whose features are computed once and take no gradient.
+        What :func:`sb3_dipo.improve_actions` climbs, and by which the best of several actions is chosen, at fixed states,
+        whose features are computed once and take no gradient.
 
         :param obs: observations, batch_size first
-        :return: from actions (batch_size, action_dim) to values (batch_size, 1), differentiable in the actions
+        :param repeats: actions for each state, which follow one another
+        :return: from actions (batch_size * repeats, action_dim) to values (batch_size * repeats, 1), differentiable in the
+            actions
         """
+
+    def _make_q_networks(self, n_critics: int, output_dim: int, layer_norm: bool) -> list[nn.Sequential]:
+        """MLPs on [features, action], by SB3's names."""
+        norms: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
+        sizes = (self.features_dim + self.action_dim, output_dim, self.net_arch, self.activation_fn)
+        q_networks = [nn.Sequential(*create_mlp(*sizes, post_linear_modules=norms)) for _ in range(n_critics)]
+        for i, q_network in enumerate(q_networks):
+            self.add_module(f"qf{i}", q_network.apply(init_weights))
+        return q_networks
+
+    def _fixed_features(self, obs: PyTorchObs, repeats: int) -> th.Tensor:
+        with th.no_grad():
+            features = self.extract_features(obs, self.features_extractor)
+        return features if repeats == 1 else features.repeat_interleave(repeats, dim=0)
 
 
 class EnsembleCritic(Critic):
@@ -108,19 +126,18 @@ class EnsembleCritic(Critic):
 
     :param args: as :class:`Critic`
     :param n_critics: number of Q functions, at least 1; the paper's 2
+    :param layer_norm: whether a LayerNorm stands between each hidden layer and its activation; the paper has none
     :param kwargs: as :class:`Critic`
     :raises ValueError: for a value outside its range, naming the option and what it may be
     """
 
-    options = ("n_critics",)
+    options = ("n_critics", "layer_norm")
 
-    def __init__(self, *args: Any, n_critics: int = 2, **kwargs: Any):
+    def __init__(self, *args: Any, n_critics: int = 2, layer_norm: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.n_critics = check_int("n_critics", n_critics, 1)
-        sizes = (self.features_dim + self.action_dim, 1, self.net_arch, self.activation_fn)
-        self.q_networks = [nn.Sequential(*create_mlp(*sizes)) for _ in range(self.n_critics)]
-        for i, q_network in enumerate(self.q_networks):
-            self.add_module(f"qf{i}", q_network.apply(init_weights))  # SB3's name
+        self.layer_norm = check_bool("layer_norm", layer_norm)
+        self.q_networks = self._make_q_networks(self.n_critics, 1, self.layer_norm)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """All Q_i(s, a): observations and actions (batch_size, action_dim) to (batch_size, 1) each."""
@@ -145,16 +162,80 @@ class EnsembleCritic(Critic):
         self.q_value = th.cat(q_values, dim=1).detach().mean()
         return th.stack([F.mse_loss(each, targets) for each in q_values]).sum()
 
-    def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
+    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
+        """min_i Q_i(s, .), equation (15); see :meth:`Critic.objective`."""
+        return self.ops.objective(self.q_networks, self._fixed_features(obs, repeats), smallest)
+
+
+class QuantileCritic(Critic):
+    """
+    TQC's: each network predicts quantiles of the return's distribution, and targets leave out the largest of all of them
+    together (Kuznetsov et al. 2020, arXiv 2005.04269).
+
+    :param args: as :class:`Critic`
+    :param n_critics: number of networks, at least 1; TQC's 2 in sb3-contrib
+    :param n_quantiles: quantiles of each, at least 1; TQC's 25
+    :param top_quantiles_to_drop_per_net: how many of the largest are left out of targets, for each network, less than
+        ``n_quantiles``; TQC's 2
+    :param layer_norm: whether a LayerNorm stands between each hidden layer and its activation
+    :param kwargs: as :class:`Critic`
+    :raises ValueError: for a value outside its range, naming the option and what it may be
+    """
+
+    options = ("n_critics", "n_quantiles", "top_quantiles_to_drop_per_net", "layer_norm")
+
+    def __init__(
+        self,
+        *args: Any,
+        n_critics: int = 2,
+        n_quantiles: int = 25,
+        top_quantiles_to_drop_per_net: int = 2,
+        layer_norm: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.n_critics = check_int("n_critics", n_critics, 1)
+        self.n_quantiles = check_int("n_quantiles", n_quantiles, 1)
+        dropped = check_int("top_quantiles_to_drop_per_net", top_quantiles_to_drop_per_net, 0)
+        if dropped >= self.n_quantiles:
+            raise ValueError(f"`top_quantiles_to_drop_per_net` must be less than `n_quantiles` = {n_quantiles}, not {dropped}.")
+        self.top_quantiles_to_drop_per_net = dropped
+        self.layer_norm = check_bool("layer_norm", layer_norm)
+        self.q_networks = self._make_q_networks(self.n_critics, self.n_quantiles, self.layer_norm)
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """All quantiles: observations and actions (batch_size, action_dim) to (batch_size, n_critics, n_quantiles)."""
+        x = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
+        return th.stack([self.ops.mlp(q_network, x) for q_network in self.q_networks], dim=1)
+
+    def next_value(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
-        min_i Q_i(s, .), equation (15).
+        The sorted mixture of all networks' quantiles without the largest, without gradient.
 
         :param obs: observations, batch_size first
-        :return: from actions (batch_size, action_dim) to values (batch_size, 1), differentiable in the actions
+        :param actions: (batch_size, action_dim)
+        :return: (batch_size, n_critics * (n_quantiles - top_quantiles_to_drop_per_net))
         """
         with th.no_grad():
-            features = self.extract_features(obs, self.features_extractor)
-        return self.ops.objective(self.q_networks, features, smallest)
+            mixture = self(obs, actions).flatten(1).sort(dim=1)[0]
+        return mixture[:, : self.n_critics * (self.n_quantiles - self.top_quantiles_to_drop_per_net)]
+
+    def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        The quantile Huber loss between each network's quantiles and all targets, as in TQC.
+
+        :param obs: observations, batch_size first
+        :param actions: the actions taken, (batch_size, action_dim)
+        :param targets: (batch_size, number of target quantiles)
+        :return: the loss, a scalar
+        """
+        quantiles = self(obs, actions)
+        self.q_value = quantiles.detach().mean()
+        return quantile_huber_loss(quantiles, targets.unsqueeze(1), sum_over_quantiles=False)
+
+    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
+        """The mean over networks and quantiles; see :meth:`Critic.objective`."""
+        return self.ops.objective(self.q_networks, self._fixed_features(obs, repeats), average)
 
 
-CRITICS: dict[str, type[Critic]] = {"ensemble": EnsembleCritic}
+CRITICS: dict[str, type[Critic]] = {"ensemble": EnsembleCritic, "quantile": QuantileCritic}

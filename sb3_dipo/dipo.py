@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, ReplayBuff
 
 from sb3_dipo.action_gradient import improve_actions
 from sb3_dipo.base import DIPOBase
-from sb3_dipo.buffers import with_improved_actions
+from sb3_dipo.buffers import ImprovedSamples, with_improved_actions
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
 
 
@@ -65,6 +65,10 @@ class DIPO(DIPOBase):
     :param verbose: 0 for no output, 1 for information, 2 for debugging
     :param seed: seed of all pseudo-random generators
     :param device: device to run on (cpu, cuda, ...); "auto" takes a GPU where there is one
+    :param max_action_shift: how far the action gradient may take an action from the one taken in each dimension, in units of
+        the box's half-width, above 0; None, the paper's, is no bound. Needs ``action_gradient_start="replay"``
+    :param action_gradient_start: where the action gradient begins: ``"replay"``, at the actions in the replay data, as in the
+        paper, or ``"policy"``, at fresh samples of the policy at the replayed states; nothing is then written back
     :param _init_setup_model: whether to build the networks at the creation of the instance
     :raises ValueError: for a value outside its range, naming the argument and what it may be
     :raises AssertionError: for an action space that is not a bounded Box, as SB3
@@ -107,6 +111,8 @@ class DIPO(DIPOBase):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        max_action_shift: float | None = None,
+        action_gradient_start: str = "replay",
         _init_setup_model: bool = True,
     ):
         super().__init__(
@@ -143,6 +149,8 @@ class DIPO(DIPOBase):
         self.actor_target_update_interval = actor_target_update_interval
         self.qf_learning_rate = qf_learning_rate
         self.accelerate = accelerate
+        self.max_action_shift = max_action_shift
+        self.action_gradient_start = action_gradient_start
         self.samplers: dict[str, dict[str, Any]] | None = None  # as policy.set_sampler left them, in a saved model
 
         if _init_setup_model:
@@ -191,8 +199,8 @@ class DIPO(DIPOBase):
 
         # Action gradient: replayed actions climb Q, equation (15)
         objective = self.critic.objective(batch.observations)
-        start = batch.improved_actions if self.persist_improved_actions else batch.actions
-        improved_actions = self._improve(objective, start)
+        start = self._start(batch)
+        improved_actions = self._improve(objective, start, batch.actions)
 
         # Actor: fitted to the improved actions, equation (11)
         actor_loss = self._actor_loss(batch.observations, improved_actions)
@@ -205,7 +213,7 @@ class DIPO(DIPOBase):
             self._update_target(self.actor, self.actor_target, *own)
 
         # Write back: improved actions take their places in the replay data; the actions taken are never touched
-        if self.persist_improved_actions:
+        if self.persist_improved_actions and self.action_gradient_start == "replay":
             replay_buffer.update_improved(batch.rows, batch.envs, improved_actions)
 
         with th.no_grad():
@@ -218,17 +226,27 @@ class DIPO(DIPOBase):
         """The critic's loss on a minibatch of actions taken; the next actions are the target policy's."""
         discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
         with th.no_grad():
-            next_features = self.actor_target.extract_features(replay_data.next_observations)
-            next_actions = self.actor_target.sample(next_features, sampler=self.policy.samplers["target"])
+            next_actions = self.policy.act(replay_data.next_observations, "target")
             next_values = self.critic_target.next_value(replay_data.next_observations, next_actions)
             targets = replay_data.rewards + (1 - replay_data.dones) * discounts * next_values
         return self.critic.loss(replay_data.observations, replay_data.actions, targets)
 
-    def _improve(self, objective: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) -> th.Tensor:
-        """Improved actions, (batch_size, action_dim), from those that the climb of the objective starts at."""
+    def _start(self, batch: ImprovedSamples) -> th.Tensor:
+        """Where the climb begins, (batch_size, action_dim)."""
+        if self.action_gradient_start == "policy":
+            with th.no_grad():
+                return self.policy.act(batch.observations, "behaviour")
+        return batch.improved_actions if self.persist_improved_actions else batch.actions
+
+    def _improve(
+        self, objective: Callable[[th.Tensor], th.Tensor], start: th.Tensor, actions_taken: th.Tensor
+    ) -> th.Tensor:
+        """Improved actions, (batch_size, action_dim), from where the climb of the objective begins and the actions taken."""
         return improve_actions(
             objective,
-            actions,
+            start,
+            max_action_shift=self.max_action_shift,
+            actions_taken=actions_taken,
             action_lr=self.action_lr,
             action_gradient_steps=self.action_gradient_steps,
             action_grad_norm_ratio=self.action_grad_norm_ratio,

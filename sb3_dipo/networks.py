@@ -79,7 +79,7 @@ class Ops:
         :param clip_sample: whether to clip the predicted clean actions to [-1, 1] at every step
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        timesteps = th.tensor(table.timesteps, dtype=th.int64, device=features.device)
+        timesteps = table.timesteps_on(features.device, features.dtype)
 
         def predict_noise(noisy_actions: th.Tensor, step: int) -> th.Tensor:
             return network(noisy_actions, timesteps[step].expand(features.shape[0]), features)
@@ -95,7 +95,7 @@ class Ops:
         :param q_networks: the critics' MLPs, each on [features, actions]
         :param features: of the states, (batch_size, features_dim)
         :param reduce: from the networks' outputs side by side, (batch_size, n), to one value per row, (batch_size, 1):
-            :func:`smallest`, or another
+            :func:`smallest`, :func:`average`, or another
         :return: from actions (batch_size, action_dim) to (batch_size, 1), differentiable
         """
 
@@ -114,6 +114,11 @@ def smallest(q_values: th.Tensor) -> th.Tensor:
     return q_values.min(dim=1, keepdim=True)[0]
 
 
+def average(q_values: th.Tensor) -> th.Tensor:
+    """The mean of each row: (batch_size, n) to (batch_size, 1)."""
+    return q_values.mean(dim=1, keepdim=True)
+
+
 class UsesOps:
     """A module that computes by ``ops``, which :meth:`sb3_dipo.DIPOPolicy.set_accelerate` sets."""
 
@@ -122,7 +127,8 @@ class UsesOps:
 
 class NoisePredictionNetwork(UsesOps, nn.Module):
     """
-    eps(a_k, s, k): an MLP on [noisy action, timestep embedding, features], after the authors' code.
+    eps(a_k, s, k): an MLP on [noisy action, timestep embedding, features], after the authors' code. For the flow it is the
+    velocity v(x_t, s, t).
 
     :param action_dim: p
     :param features_dim: size of the state's features
@@ -150,7 +156,7 @@ class NoisePredictionNetwork(UsesOps, nn.Module):
         Predict the noise in noisy actions.
 
         :param noisy_actions: (batch_size, action_dim)
-        :param timesteps: counted from 0, int64, (batch_size,)
+        :param timesteps: counted from 0, int64, (batch_size,); of the flow 100 t, floats
         :param features: of the states, (batch_size, features_dim)
         :return: (batch_size, action_dim)
         """

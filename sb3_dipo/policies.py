@@ -45,14 +45,15 @@ class DIPOPolicy(BasePolicy):
     :param normalize_images: whether to divide images by 255
     :param optimizer_class: optimizer of actor and critics; the authors' Adam
     :param optimizer_kwargs: its arguments but for the learning rate; the authors' ``dict(eps=1e-5)`` with Adam
-    :param actor: ``"diffusion"`` (the paper's), ``"vae"`` or ``"mlp"``, those of its ablation, or a class
-    :param critic: ``"ensemble"`` (the paper's), or a class
+    :param actor: ``"diffusion"`` (the paper's), ``"flow"``, ``"vae"`` or ``"mlp"``, those of its ablation, or a class
+    :param critic: ``"ensemble"`` (the paper's), ``"quantile"`` (TQC's), or a class
     :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers in the reverse process and
         in the action gradient, where weights take no gradient: faster, and actions differ a little. TD targets and training
         steps stay in float32, and so does everything with ``accelerate="off"``
     :param samplers: how to sample for each use, as :meth:`set_sampler` leaves it; for loading
-    :param options: the actor's and the critic's own: see :class:`~sb3_dipo.DiffusionActor`, :class:`~sb3_dipo.VAEActor`,
-        :class:`~sb3_dipo.MLPActor`, :class:`~sb3_dipo.critics.EnsembleCritic`
+    :param options: the actor's and the critic's own: see :class:`~sb3_dipo.DiffusionActor`, :class:`~sb3_dipo.FlowActor`,
+        :class:`~sb3_dipo.VAEActor`, :class:`~sb3_dipo.MLPActor`, :class:`~sb3_dipo.EnsembleCritic`,
+        :class:`~sb3_dipo.QuantileCritic`
     :raises ValueError: for an option of another actor or critic or a value outside its range, naming the option and what it
         may be
     """
@@ -109,7 +110,7 @@ class DIPOPolicy(BasePolicy):
         self.share_features_extractor = share_features_extractor
         self._build(lr_schedule)
         self.samplers = {use: self.actor.sampler for use in SAMPLER_USES}
-        self.set_sampler("evaluation", noise_scale=0.0)
+        self.set_sampler()
         for use, settings in (samplers or {}).items():
             self.set_sampler(use, **settings)
 
@@ -213,7 +214,10 @@ class DIPOPolicy(BasePolicy):
         :param num_inference_steps: steps to take, between 1 and ``num_train_timesteps``; None is all
         :param timestep_spacing: which steps, if fewer than all: ``"linspace"`` or ``"lambda"``, evenly in log signal-to-noise
         :param eta: for ``"ddim"``: between 0, deterministic, and 1, which is ``"ddpm"``
-        :param noise_scale: factor of the noise, at least 0; the only setting that VAE and MLP have
+        :param noise_scale: factor of the noise, at least 0; VAE and MLP have this and ``num_candidates`` only, flow all but
+            this, ``timestep_spacing`` and ``eta``, with the solvers ``"euler"`` and ``"midpoint"``
+        :param num_candidates: actions to sample for each state, of which the one that the critic values most is taken, at
+            least 1; for ``"target"`` the target critic chooses. With VAE and MLP it is 1 for ``"evaluation"``
         :raises ValueError: naming the setting and what it may be; nothing is changed then
         """
         check_choice("which", which, ("all", *SAMPLER_USES))
@@ -223,13 +227,15 @@ class DIPOPolicy(BasePolicy):
                 raise ValueError(
                     f"`{name}` does not apply to the sampler of {type(self.actor).__name__}, which has: {', '.join(known)}."
                 )
-        if which == "evaluation" and changes.get("noise_scale"):
-            raise ValueError("`noise_scale` must be 0 for `which='evaluation'`: `deterministic=True` draws no noise.")
-        if changes.get("solver", "ddim") != "ddim":
+        fixed = self.actor.evaluation_sampler
+        for name, value in fixed.items() if which == "evaluation" else ():
+            if changes.get(name, value) != value:
+                raise ValueError(f"`{name}` must be {value} for `which='evaluation'`: `deterministic=True` draws no noise.")
+        if "eta" in known and changes.get("solver", "ddim") != "ddim":
             changes = {"eta": 0.0, **changes}
         samplers = dict(self.samplers)
         for use in SAMPLER_USES if which == "all" else (which,):
-            samplers[use] = replace(samplers[use], **changes | ({"noise_scale": 0.0} if use == "evaluation" else {}))
+            samplers[use] = replace(samplers[use], **changes | (fixed if use == "evaluation" else {}))
         for actor in (self.actor, self.actor_target):  # all uses, so that both have made what they need
             samplers = {use: actor.check_sampler(sampler) for use, sampler in samplers.items()}
         self.samplers = samplers
@@ -244,10 +250,33 @@ class DIPOPolicy(BasePolicy):
         return self._predict(observation, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        sampler = self.samplers["evaluation" if deterministic else "behaviour"]
         if self._graphs is None or th.is_grad_enabled():
-            return self.actor(observation, deterministic, sampler)
-        return self._graphs.act(self.actor, observation, deterministic, sampler)
+            return self.act(observation, "evaluation" if deterministic else "behaviour")
+        return self._graphs.act(self, observation, "evaluation" if deterministic else "behaviour")
+
+    def act(self, observation: PyTorchObs, which: str = "behaviour") -> th.Tensor:
+        """
+        Sample an action for each state, or take the best of several by the critic (best of N: Chen et al. 2023, SfBC).
+
+        :param observation: observations, batch_size first
+        :param which: what for: ``"behaviour"``, ``"evaluation"``, which repeats exactly, or ``"target"``, for which target
+            actor and target critic decide
+        :return: actions in [-1, 1], (batch_size, action_dim)
+        """
+        sampler = self.samplers[which]
+        of_target = which == "target"
+        actor = self.actor_target if of_target else self.actor
+        number = sampler.num_candidates
+        if number == 1:
+            actions: th.Tensor = actor(observation, which == "evaluation", sampler)
+            return actions
+        features = actor.extract_features(observation).repeat_interleave(number, dim=0)
+        sample = actor.deterministic_candidates if which == "evaluation" else actor.sample
+        candidates = sample(features, sampler=sampler)
+        values = (self.critic_target if of_target else self.critic).objective(observation, number)(candidates)
+        best = values.view(-1, number).argmax(dim=1)
+        first = th.arange(len(best), dtype=th.int64, device=best.device) * number
+        return candidates.index_select(0, first + best)
 
     def set_training_mode(self, mode: bool) -> None:
         """

@@ -42,6 +42,22 @@ def denoising_loss(
     return F.mse_loss(predict_noise(add_noise(schedule, actions, noise, timesteps), timesteps), noise)
 
 
+def flow_matching_loss(
+    predict_velocity: Callable[[th.Tensor, th.Tensor], th.Tensor], actions: th.Tensor, times: th.Tensor, noise: th.Tensor
+) -> th.Tensor:
+    """
+    || v((1 - t) z + t a, t) - (a - z) ||^2, averaged over batch and action dimensions (rectified flow, Liu et al. 2023).
+
+    :param predict_velocity: v, from x_t (batch_size, action_dim) and t (batch_size,) to the velocity there
+    :param actions: clean actions a, (batch_size, action_dim)
+    :param times: t in [0, 1], (batch_size,)
+    :param noise: standard normal z, (batch_size, action_dim)
+    :return: the loss, a scalar
+    """
+    t = times.unsqueeze(1)
+    return F.mse_loss(predict_velocity((1 - t) * noise + t * actions, times), actions - noise)
+
+
 def noise_scales(table: SolverTable, device: th.device, dtype: th.dtype) -> th.Tensor:
     """The coefficients s of the noise added on the way, (number of steps, 1, 1)."""
     return th.tensor([step.s for step in table.steps], device=device, dtype=dtype).view(-1, 1, 1)

@@ -37,12 +37,18 @@ class SolverTable:
     """
     A solver on a time grid.
 
-    :param timesteps: descending indices into the schedule, one per step; 0 is the paper's k = 1
+    :param timesteps: what the network is told of the time at each step: descending indices into the schedule, of which 0 is
+        the paper's k = 1; of a flow, ``FLOW_TIME`` t
     :param steps: the rows, in order of use; the last one ends at the clean action
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[int, ...] | tuple[float, ...]
     steps: tuple[Step, ...]
+
+    def timesteps_on(self, device: th.device, dtype: th.dtype) -> th.Tensor:
+        """The timesteps as a tensor, (number of steps,): int64, or, of a flow, of the given type."""
+        whole = isinstance(self.timesteps[0], int)
+        return th.tensor(self.timesteps, dtype=th.int64 if whole else dtype, device=device)
 
     @property
     def stochastic(self) -> bool:
@@ -241,3 +247,49 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m": dpmpp_2m,
     "exponential_integrator": exponential_integrator,
 }
+
+
+# ------------------------------------------------------------------------------------------------- flow
+
+FLOW_TIME = 100.0
+"""Factor of the time t in [0, 1] of a flow before it is embedded, as if it were a timestep of 100."""
+
+
+def euler(num_inference_steps: int) -> SolverTable:
+    """
+    Euler's method for the rectified flow dx/dt = v(x, t), from noise at t = 0 to the action at t = 1, first order.
+
+    With x_t = (1 - t) z + t a and v the network's prediction of a - z, the predicted clean action is D = x + (1 - t) v, and
+    ``x' = x + dt v = (1 - dt / (1 - t)) x + dt / (1 - t) D`` (Liu et al. 2023; Lipman et al. 2023).
+
+    :param num_inference_steps: number of steps, of length dt = 1 / num_inference_steps; at least 1
+    """
+    dt = 1 / num_inference_steps
+    times = [i * dt for i in range(num_inference_steps)]
+    rates = [1 / (num_inference_steps - i) for i in range(num_inference_steps)]  # dt / (1 - t)
+    rows = (Step(1.0, t - 1, 1 - rate, rate, 0.0, 0.0) for t, rate in zip(times, rates, strict=True))
+    return SolverTable(tuple(FLOW_TIME * t for t in times), tuple(rows))
+
+
+def midpoint(num_inference_steps: int) -> SolverTable:
+    """
+    The midpoint method for the flow of :func:`euler`, second order, two evaluations of the network for each step:
+    ``m = x + dt/2 v(x, t)``, then ``x' = x + dt v(m, t + dt/2)``.
+
+    As x is not kept, the second row takes it back from m and D_prev: with r = dt / (2 (1 - t)) and
+    q = dt / (1 - t - dt/2), ``m = (1 - r) x + r D_prev`` and ``x' = (m - r D_prev) / (1 - r) + q (D - m)``.
+
+    :param num_inference_steps: number of steps, of length dt = 1 / num_inference_steps; at least 1
+    """
+    timesteps, rows = [], []
+    for i in range(num_inference_steps):
+        left = num_inference_steps - i  # (1 - t) / dt
+        r, q = 0.5 / left, 1 / (left - 0.5)
+        t, middle = i / num_inference_steps, (i + 0.5) / num_inference_steps
+        timesteps += [FLOW_TIME * t, FLOW_TIME * middle]
+        rows.append(Step(1.0, t - 1, 1 - r, r, 0.0, 0.0))
+        rows.append(Step(1.0, middle - 1, 1 / (1 - r) - q, q, -r / (1 - r), 0.0))
+    return SolverTable(tuple(timesteps), tuple(rows))
+
+
+FLOW_SOLVERS: dict[str, Callable[[int], SolverTable]] = {"euler": euler, "midpoint": midpoint}

@@ -12,29 +12,11 @@ import torch as th
 
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer
 from sb3_dipo.fast.guard import FusedGuard
+from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.guard import clipped_gradient, non_finite
 
 WARM_UP = 3  # eager calls before a capture, as PyTorch asks for: libraries allocate and optimizers make their state
 MAX_GRAPHS = 8  # of those that were called last: each holds the memory of its intermediate results
-
-
-def map_tensors(function: Callable[..., Any], *trees: Any) -> Any:
-    """
-    Apply a function to the tensors of nested tuples and dicts; what is no tensor is taken from the first.
-
-    :param function: of as many tensors as there are trees
-    :param trees: of the same form
-    :return: such a tree
-    """
-    first = trees[0]
-    if isinstance(first, th.Tensor):
-        return function(*trees)
-    if isinstance(first, dict):
-        return {key: map_tensors(function, *(tree[key] for tree in trees)) for key in first}
-    if isinstance(first, tuple):
-        values = [map_tensors(function, *parts) for parts in zip(*trees, strict=True)]
-        return type(first)(*values) if hasattr(first, "_fields") else tuple(values)
-    return first
 
 
 def _signature(tree: Any) -> Hashable:
@@ -165,11 +147,11 @@ class CudaGraphs:
         """Forget all graphs: what they read or write has moved."""
         self._known.clear()
 
-    def act(self, actor: Any, observation: Any, deterministic: bool, sampler: Any) -> th.Tensor:
-        """Actions of an actor, (batch_size, action_dim); the arguments are those of its ``forward``."""
-        place = next(actor.parameters()).data_ptr()  # `to()` may move them
-        key = ("act", deterministic, sampler, actor.training, place)
-        actions: th.Tensor = self(lambda obs: actor(obs, deterministic, sampler), key, observation)
+    def act(self, policy: Any, observation: Any, which: str) -> th.Tensor:
+        """Actions of a policy, (batch_size, action_dim); the arguments are those of its ``act``."""
+        place = next(policy.actor.parameters()).data_ptr()  # `to()` may move them
+        key = ("act", which, policy.samplers[which], policy.actor.training, place)
+        actions: th.Tensor = self(lambda obs: policy.act(obs, which), key, observation)
         return actions
 
     def update(self, model: Any, replay_buffer: Any, batch_size: int, move_actor_target: bool) -> dict[str, th.Tensor]:
@@ -252,7 +234,8 @@ class CudaGraphs:
 def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_target: bool) -> Hashable:
     """All that an update depends on and that may change between two, as a value or by moving in memory."""
     names = ("gamma", "tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm")
-    settings = (*(getattr(model, name) for name in names), model.persist_improved_actions, model.policy.samplers["target"])
+    names += ("persist_improved_actions", "max_action_shift", "action_gradient_start")
+    settings = (*(getattr(model, name) for name in names), *model.policy.samplers.values())
     optimizers = [
         (name, value)
         for optimizer in (model.actor.optimizer, model.critic.optimizer)

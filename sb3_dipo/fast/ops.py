@@ -17,11 +17,39 @@ from torch.nn import functional as F
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
 from sb3_dipo.fast.kernels import Kernels, coefficients, load_kernels
-from sb3_dipo.networks import NoisePredictionNetwork, Ops, smallest
+from sb3_dipo.fast.trees import map_tensors
+from sb3_dipo.networks import NoisePredictionNetwork, Ops, average, smallest
 
 Function = Callable[[th.Tensor], th.Tensor]
-Layer = tuple[th.Tensor, th.Tensor]
-"""Weight (out, in) and bias (out,)."""
+
+
+class Layer(NamedTuple):
+    """A linear layer, weight (out, in) and bias (out,), and the LayerNorm after it, if there is one."""
+
+    weight: th.Tensor
+    bias: th.Tensor
+    norm: nn.LayerNorm | None = None
+
+    def normalise(self, x: th.Tensor) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
+        """The output of the LayerNorm, and what its backward pass needs beside it."""
+        if self.norm is None:
+            return x, ()
+        y, mean, deviation = th.native_layer_norm(
+            x, self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach(), self.norm.eps
+        )
+        return y, (x, mean, deviation)
+
+    def normalise_backward(
+        self, gradient: th.Tensor, kept: tuple[th.Tensor, ...], needed: Sequence[bool] = (True, False, False)
+    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+        """Gradients at the input, the weight and the bias of the LayerNorm, as far as they are needed."""
+        if self.norm is None:
+            return gradient, None, None
+        x, mean, deviation = kept
+        shape, weight, bias = self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach()
+        found: Any = th.ops.aten.native_layer_norm_backward(gradient, x, shape, mean, deviation, weight, bias, list(needed))
+        return found
+
 
 FEW_ROWS = 16  # of a batch: below, an operator costs its call, and PyTorch's single ones are the fastest
 KERNEL_ROWS = 24  # up to which one compiled call beats oneDNN's products
@@ -68,23 +96,33 @@ def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def known_layers(mlp: nn.Module, device: th.device) -> list[Layer] | None:
     """
-    The layers of an MLP of Linear, Mish, Linear, ..., Linear; None if it is, or does, anything else.
+    The layers of an MLP of Linear, perhaps LayerNorm, Mish, Linear, ..., Linear; None if it is, or does, anything else.
 
     :param mlp: such as an ``nn.Sequential``
     :param device: where its parameters must be
     """
-    if not is_known(mlp, nn.Sequential) or len(mlp._modules) % 2 == 0 or nn.modules.module._has_any_global_hook():
+    if not is_known(mlp, nn.Sequential) or nn.modules.module._has_any_global_hook():
         return None
-    layers = []
-    for i, module in enumerate(mlp._modules.values()):
-        if module is None or not is_known(module, nn.Mish if i % 2 else nn.Linear):
+    layers: list[Layer] = []
+    previous: type | None = nn.Mish
+    for module in mlp._modules.values():
+        kind = type(module)
+        if module is None or not is_known(module, kind):
             return None
-        if i % 2 == 0:
-            weight, bias = module._parameters["weight"], module._parameters["bias"]
-            if not (_is_dense(weight, device) and _is_dense(bias, device)):
-                return None
-            layers.append((weight, bias))
-    return layers  # type: ignore[return-value]
+        if kind is nn.Mish and previous in (nn.Linear, nn.LayerNorm):
+            previous = kind
+            continue
+        own: Any = [module._parameters.get("weight"), module._parameters.get("bias")]
+        if not all(_is_dense(parameter, device) for parameter in own):
+            return None
+        if kind is nn.Linear and previous is nn.Mish:
+            layers.append(Layer(*own))
+        elif isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and previous is nn.Linear and own[0].dim() == 1:
+            layers[-1] = layers[-1]._replace(norm=module)
+        else:
+            return None
+        previous = kind
+    return layers if previous is nn.Linear else None
 
 
 def _is_dense(parameter: nn.Parameter | None, device: th.device) -> bool:
@@ -177,41 +215,44 @@ class BoundMLP:
     def __init__(self, layers: Sequence[Layer], on_x: th.Tensor, arithmetic: Arithmetic, differentiable: bool = False):
         self.arithmetic = arithmetic
         self.on_x = on_x.detach().t().contiguous()
-        self.layers = [(weight.detach(), bias.detach()) for weight, bias in layers[1:]]
+        self.hidden = layers[:-1]
+        self.layers = [(weight.detach(), bias.detach()) for weight, bias, _ in layers[1:]]
         self.products = [arithmetic.linear(*layer) for layer in self.layers]
         if self.products:
             self.products[-1] = linear(*self.layers[-1])
         backward = self.layers[-2::-1] if differentiable else []
         self.products_back = [arithmetic.linear(weight.t(), None) for weight, _ in backward]
 
-    def __call__(self, constant: th.Tensor, x: th.Tensor, pre_activations: list[th.Tensor] | None = None) -> th.Tensor:
+    def __call__(self, constant: th.Tensor, x: th.Tensor, kept: list[Any] | None = None) -> th.Tensor:
         """
         The output, (batch_size, output_dim).
 
         :param constant: what the rest of the input, and the bias, add to the first layer, (batch_size, its width)
         :param x: (batch_size, size of x)
-        :param pre_activations: what comes before each activation is appended to it, for :meth:`backward`
+        :param kept: what :meth:`backward` needs is appended to it: for each hidden layer what comes before its activation,
+            (batch_size, width), and what its LayerNorm has kept
         """
         x = th.addmm(constant, x, self.on_x)
-        for product in self.products:
-            if pre_activations is not None:
-                pre_activations.append(x)
+        for layer, product in zip(self.hidden, self.products, strict=True):
+            x, of_norm = layer.normalise(x)
+            if kept is not None:
+                kept.append((x, of_norm))
             x = product(self.arithmetic.mish(x))
         return x
 
-    def backward(self, grad_output: th.Tensor, pre_activations: list[th.Tensor]) -> th.Tensor:
+    def backward(self, grad_output: th.Tensor, kept: list[Any]) -> th.Tensor:
         """
         The gradient at x.
 
         :param grad_output: at the output, (batch_size, output_dim)
-        :param pre_activations: as left by the call, (batch_size, width) each
+        :param kept: as left by the call
         :return: (batch_size, size of x)
         """
-        gradient = grad_output
-        if self.layers:
-            gradient = grad_output @ self.layers[-1][0]
-        for product, pre_activation in zip([None, *self.products_back], reversed(pre_activations), strict=False):
-            gradient = self.arithmetic.mish_backward(gradient if product is None else product(gradient), pre_activation)
+        gradient = grad_output @ self.layers[-1][0] if self.layers else grad_output
+        products = [None, *self.products_back]
+        for layer, product, (x, of_norm) in zip(reversed(self.hidden), products, reversed(kept), strict=False):
+            gradient = self.arithmetic.mish_backward(gradient if product is None else product(gradient), x)
+            gradient = layer.normalise_backward(gradient, of_norm)[0]
         return F.linear(gradient, self.on_x)
 
 
@@ -222,35 +263,42 @@ class _MLP(th.autograd.Function):
     """An MLP whose backward pass is computed by hand, or, where it must be differentiable itself, by PyTorch."""
 
     @staticmethod
-    def forward(ctx: Any, arithmetic: Arithmetic, x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        ctx.arithmetic, ctx.inputs, ctx.pre_activations = arithmetic, [], []
+    def forward(ctx: Any, arithmetic: Arithmetic, layers: list[Layer], x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        ctx.arithmetic, ctx.layers, ctx.kept = arithmetic, layers, []
         ctx.save_for_backward(x, *parameters)
-        for weight, bias in _pairs(parameters):
-            if ctx.inputs:
-                ctx.pre_activations.append(x)
-                x = arithmetic.mish(x)
-            ctx.inputs.append(x)
-            x = _product(arithmetic, weight, bias)(x)
-        return x
+        for i, layer in enumerate(layers):
+            product = _product(arithmetic, layer.weight, layer.bias)(x)
+            if i == len(layers) - 1:
+                ctx.kept.append((x, None, ()))
+                return product
+            pre_activation, of_norm = layer.normalise(product)
+            ctx.kept.append((x, pre_activation, of_norm))
+            x = arithmetic.mish(pre_activation)
+        raise AssertionError("an MLP has a layer")
 
     @staticmethod
     def backward(ctx: Any, grad_output: th.Tensor) -> tuple[Any, ...]:
         if th.is_grad_enabled():
-            return None, *_differentiable_gradients(ctx, grad_output)
-        pairs, needed = _pairs(ctx.saved_tensors[1:]), ctx.needs_input_grad[1:]
+            return None, None, *_differentiable_gradients(ctx, grad_output)
+        needed = iter(ctx.needs_input_grad[2:])
+        of_x = next(needed)
+        of_layers = [[next(needed) for _ in _parameters(layer)] for layer in ctx.layers]
         gradient, gradients = grad_output.contiguous(), []
-        for i in reversed(range(len(pairs))):
-            if i < len(pairs) - 1:
-                gradient = ctx.arithmetic.mish_backward(gradient, ctx.pre_activations[i])
-            of_weight = _product(ctx.arithmetic, ctx.inputs[i].t(), None)(gradient.t()) if needed[2 * i + 1] else None
-            gradients = [of_weight, gradient.sum(dim=0) if needed[2 * i + 2] else None, *gradients]
-            if i > 0 or needed[0]:
-                gradient = _product(ctx.arithmetic, pairs[i][0].t(), None)(gradient)
-        return None, gradient if needed[0] else None, *gradients
+        for i in reversed(range(len(ctx.layers))):
+            layer, (x, pre_activation, of_norm), wanted = ctx.layers[i], ctx.kept[i], of_layers[i]
+            found: list[th.Tensor | None] = []
+            if pre_activation is not None:
+                gradient = ctx.arithmetic.mish_backward(gradient, pre_activation)
+                gradient, *found = layer.normalise_backward(gradient, of_norm, (True, *(wanted[2:] or (False, False))))
+            of_weight = _product(ctx.arithmetic, x.t(), None)(gradient.t()) if wanted[0] else None
+            gradients = [of_weight, gradient.sum(dim=0) if wanted[1] else None, *found[: len(wanted) - 2], *gradients]
+            if i > 0 or of_x:
+                gradient = _product(ctx.arithmetic, layer.weight.t(), None)(gradient)
+        return None, None, gradient if of_x else None, *gradients
 
 
-def _pairs(parameters: Sequence[th.Tensor]) -> list[Layer]:
-    return list(zip(parameters[::2], parameters[1::2], strict=True))
+def _parameters(layer: Layer) -> list[th.Tensor]:
+    return [layer.weight, layer.bias, *([layer.norm.weight, layer.norm.bias] if layer.norm else [])]
 
 
 def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) -> Function:
@@ -258,12 +306,16 @@ def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) 
 
 
 def _differentiable_gradients(ctx: Any, grad_output: th.Tensor) -> list[th.Tensor | None]:
-    x, *parameters = inputs = ctx.saved_tensors
-    for i, (weight, bias) in enumerate(_pairs(parameters)):
-        x = F.linear(F.mish(x) if i else x, weight, bias)
-    wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+    x, *_ = inputs = ctx.saved_tensors
+    parameters = iter(inputs[1:])
+    for i, layer in enumerate(ctx.layers):
+        x = F.linear(x, next(parameters), next(parameters))
+        if layer.norm is not None:
+            x = F.layer_norm(x, layer.norm.normalized_shape, next(parameters), next(parameters), layer.norm.eps)
+        x = F.mish(x) if i < len(ctx.layers) - 1 else x
+    wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
     found = iter(th.autograd.grad(x, wanted, grad_output, create_graph=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[1:]]
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]
 
 
 # ------------------------------------------------------------------------------------------------- the interface
@@ -306,10 +358,10 @@ class FastOps(Ops):
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
         many = len(x) > KERNEL_ROWS and x.device.type == "cpu"
         known = known_layers(layers, x.device) if many and is_ordinary(x) else None
-        if known is None or x.dim() != 2 or x.shape[1] != known[0][0].shape[1]:
+        if known is None or x.dim() != 2 or x.shape[1] != known[0].weight.shape[1]:
             return super().mlp(layers, x)
-        parameters = [parameter for layer in known for parameter in layer]
-        result: th.Tensor = _MLP.apply(self.arithmetic(x), x, *parameters)
+        parameters = [parameter for layer in known for parameter in _parameters(layer)]
+        result: th.Tensor = _MLP.apply(self.arithmetic(x), known, x, *parameters)
         return result
 
     def reverse_process(
@@ -330,13 +382,13 @@ class FastOps(Ops):
             return super().reverse_process(network, table, features, initial_noise, noise, clip_sample)
 
         timesteps, scales, of_kernel = self._constants_of(table, features.device)
-        on_action, on_time, on_state = layers[0][0].split(network.splits, dim=1)
-        of_state = F.linear(features, on_state, layers[0][1])
+        on_action, on_time, on_state = layers[0].weight.split(network.splits, dim=1)
+        of_state = F.linear(features, on_state, layers[0].bias)
         of_time = F.linear(network.embed(timesteps), on_time)
         mlp = BoundMLP(layers, on_action, self.arithmetic(features, rounded=True))
         few = len(of_time) * of_state.numel() <= MANY_ELEMENTS  # a table then saves more time than it takes memory
         constants = of_state + of_time.unsqueeze(1) if few else None
-        if self.kernels and constants is not None and len(features) <= KERNEL_ROWS and len(layers) > 1:
+        if self.kernels and constants is not None and len(features) <= KERNEL_ROWS and len(layers) > 1 and not any(layer.norm for layer in layers):
             added = None if noise is None else noise * scales
             return self.kernels.sample(of_kernel, constants, mlp.on_x, mlp.layers, initial_noise, added, clip_sample)
         each = (of_state + row for row in of_time) if constants is None else iter(constants.unbind())
@@ -347,7 +399,7 @@ class FastOps(Ops):
         found = self._constants.get(table)
         if found is None or found[0].device != device:
             with th.inference_mode(False):
-                timesteps = th.tensor(table.timesteps, dtype=th.int64, device=device)
+                timesteps = table.timesteps_on(device, th.float32)
                 found = timesteps, noise_scales(table, device, th.float32), coefficients(table)
             self._constants[table] = found
             if len(self._constants) > MAX_TABLES:
@@ -358,9 +410,10 @@ class FastOps(Ops):
         """See :meth:`sb3_dipo.networks.Ops.objective`."""
         plain = super().objective(q_networks, features, reduce)
         layers = [known_layers(q_network, features.device) for q_network in q_networks] if is_ordinary(features) else [None]
-        if None in layers or reduce is not smallest or features.requires_grad or features.dim() != 2:
+        if None in layers or reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
             return plain
-        return Objective(plain, [each for each in layers if each], features, self.arithmetic(features, rounded=True))
+        known = [each for each in layers if each]
+        return Objective(plain, known, features, self.arithmetic(features, rounded=True), reduce is average)
 
 
 def _remake(inference_dtype: str, compiled: bool) -> FastOps:
@@ -369,20 +422,27 @@ def _remake(inference_dtype: str, compiled: bool) -> FastOps:
 
 class Objective:
     """
-    min_i Q_i(s, a) at fixed states, with a gradient computed by hand, which passes through each row's smallest critic alone.
+    The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. That of the smallest
+    passes through each row's smallest critic alone; for the mean of many outputs, the last layers' weights are averaged.
 
     :param plain: the same function, for what is not known
     :param critics: the layers of each Q_i, on [features, actions]
     :param features: of the states, (batch_size, features_dim)
     :param arithmetic: how to compute
+    :param mean: whether it is the mean
     """
 
-    def __init__(self, plain: Function, critics: Iterable[list[Layer]], features: th.Tensor, arithmetic: Arithmetic):
-        self.plain = plain
+    def __init__(
+        self, plain: Function, critics: Iterable[list[Layer]], features: th.Tensor, arithmetic: Arithmetic, mean: bool
+    ):
+        self.plain, self.mean = plain, mean
         self.critics = []
         with th.no_grad():
             for layers in critics:
-                weight, bias = layers[0]
+                if mean:
+                    *hidden, last = layers
+                    layers = [*hidden, Layer(last.weight.mean(dim=0, keepdim=True), last.bias.mean(dim=0, keepdim=True))]
+                weight, bias, _ = layers[0]
                 on_state, on_action = weight.split([features.shape[1], weight.shape[1] - features.shape[1]], dim=1)
                 self.critics.append((BoundMLP(layers, on_action, arithmetic, True), F.linear(features, on_state, bias)))
         self.shape = (features.shape[0], on_action.shape[1])
@@ -395,7 +455,8 @@ class Objective:
         """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
         if th.is_grad_enabled() or not self.knows(actions):
             return self.plain(actions)
-        return smallest(th.cat([mlp(of_state, actions) for mlp, of_state in self.critics], dim=1))
+        values = th.cat([mlp(of_state, actions) for mlp, of_state in self.critics], dim=1)
+        return average(values) if self.mean else smallest(values)
 
     def gradient(self, actions: th.Tensor) -> th.Tensor:
         """The gradient of the values' sum at actions, (batch_size, action_dim), without one of its own."""
@@ -404,22 +465,23 @@ class Objective:
                 climber = actions.detach().requires_grad_()
                 return th.autograd.grad(self.plain(climber).sum(), climber)[0]
         with th.no_grad():
-            passes: list[list[th.Tensor]] = [[] for _ in self.critics]
+            passes: list[list[Any]] = [[] for _ in self.critics]
             pairs = zip(self.critics, passes, strict=True)
             q_values = th.cat([mlp(of_state, actions, kept) for (mlp, of_state), kept in pairs], dim=1)
             smallest_one = q_values.argmin(dim=1, keepdim=True)
             gradients = []
             for i, ((mlp, _), kept) in enumerate(zip(self.critics, passes, strict=True)):
-                mine = smallest_one == i
-                if actions.device.type != "cpu" or not kept:  # sizes that depend on values would wait for the device
-                    gradients.append(mlp.backward(mine.to(actions.dtype), kept))
-                    continue
-                rows = mine.flatten().nonzero().flatten()
-                if len(rows) == 0:
-                    continue
-                some = F.pad(rows, (0, -len(rows) % ROWS_AT_ONCE))
-                ones = actions.new_ones(len(some), 1)
-                gradient = mlp.backward(ones, [each.index_select(0, some) for each in kept])
-                whole = gradient.new_zeros(len(actions), gradient.shape[1])
-                gradients.append(whole.index_copy_(0, rows, gradient[: len(rows)]))
+                if self.mean:
+                    gradients.append(mlp.backward(th.full_like(q_values[:, :1], 1 / len(passes)), kept))
+                elif actions.device.type != "cpu" or not kept:  # sizes that depend on values would wait for the device
+                    gradients.append(mlp.backward((smallest_one == i).to(actions.dtype), kept))
+                else:
+                    rows = (smallest_one == i).flatten().nonzero().flatten()
+                    if len(rows) == 0:
+                        continue
+                    some = F.pad(rows, (0, -len(rows) % ROWS_AT_ONCE))
+                    chosen = map_tensors(lambda each, some=some: each.index_select(0, some), tuple(kept))
+                    gradient = mlp.backward(actions.new_ones(len(some), 1), chosen)
+                    whole = gradient.new_zeros(len(actions), gradient.shape[1])
+                    gradients.append(whole.index_copy_(0, rows, gradient[: len(rows)]))
             return th.stack(gradients).sum(dim=0) if len(gradients) > 1 else gradients[0]
