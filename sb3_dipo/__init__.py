@@ -3,10 +3,10 @@
 import gymnasium
 
 from sb3_dipo.action_gradient import improve_actions
-from sb3_dipo.actors import DiffusionActor, MLPActor, VAEActor
+from sb3_dipo.actors import DiffusionActor, FlowActor, MLPActor, VAEActor
 from sb3_dipo.buffers import DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
 from sb3_dipo.checkpoint import ExactCheckpointCallback, load_checkpoint, save_checkpoint
-from sb3_dipo.critics import EnsembleCritic
+from sb3_dipo.critics import EnsembleCritic, QuantileCritic
 from sb3_dipo.dipo import DIPO
 from sb3_dipo.guard import NonFiniteLossError
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
@@ -25,10 +25,12 @@ __all__ = [
     "DiffusionActor",
     "EnsembleCritic",
     "ExactCheckpointCallback",
+    "FlowActor",
     "MLPActor",
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteLossError",
+    "QuantileCritic",
     "Sampler",
     "VAEActor",
     "__version__",
