@@ -62,14 +62,15 @@ class DIPOBase(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        # The class and the arguments that were given are kept, so that a saved model can be loaded with other `n_steps` or on
-        # another device. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
-        given = self.replay_buffer_class, self.replay_buffer_kwargs
+        # A class that was not given is chosen again where the model is loaded, perhaps on another device; arguments are kept as
+        # they were given. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
+        given_class, given_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         super()._setup_model()
-        self.replay_buffer_class, self.replay_buffer_kwargs = given
+        self.replay_buffer_class = None if given_class is None else type(self.replay_buffer)
+        self.replay_buffer_kwargs = given_kwargs
 
         for use, settings in (self.samplers or {}).items():
             self.policy.set_sampler(use, **settings)

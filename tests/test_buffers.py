@@ -3,12 +3,12 @@
 import io
 import pathlib
 import pickle
-import tracemalloc
 import warnings
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -22,12 +22,16 @@ from stable_baselines3.common.buffers import (
     ReplayBuffer,
     RolloutBuffer,
 )
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+import sb3_dipo.dipo
 from sb3_dipo import DIPO, DIPODictReplayBuffer, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo.buffers import with_improved_actions
 
 OBSERVATION_SPACE = spaces.Box(-1e6, 1e6, (2,))
 DICT_SPACE = spaces.Dict({"place": spaces.Box(-1e6, 1e6, (2,)), "image": spaces.Box(0, 255, (1, 2, 2), dtype=np.uint8)})
@@ -133,7 +137,8 @@ def test_sampled_rows_and_environments_are_where_the_data_came_from(buffer_class
     assert batch.rows.dtype == batch.envs.dtype == np.int64
     np.testing.assert_array_equal(places(batch), np.stack([batch.rows, batch.envs], axis=1))
     expected = np.stack([action_of(row, n_envs)[env] for row, env in zip(batch.rows, batch.envs, strict=True)])
-    np.testing.assert_array_equal(batch.improved_actions.numpy(), expected.astype(np.float32))
+    for actions in (batch.actions, batch.improved_actions):
+        np.testing.assert_array_equal(actions.numpy(), expected.astype(np.float32))
     # every place is drawn, and none that was not filled
     assert set(zip(batch.rows, batch.envs, strict=True)) == {(row, env) for row in range(13) for env in range(n_envs)}
     if isinstance(batch.observations, dict):
@@ -157,6 +162,7 @@ def test_write_back_round_trip(buffer_class: type[Any], n_envs: int, as_tensor: 
         np.testing.assert_array_equal(buffer.improved_actions, expected)
     again = buffer.sample_improved(300)
     np.testing.assert_array_equal(again.improved_actions.numpy(), expected[again.rows, again.envs])
+    np.testing.assert_array_equal(again.actions.numpy(), buffer.actions[again.rows, again.envs])
     assert buffer.actions.tobytes() == actions
     # the critic reads the actions taken
     sampled = buffer.sample(300)
@@ -191,9 +197,11 @@ def test_rows_of_minus_one_are_not_written() -> None:
 def test_sampled_actions_are_copies() -> None:
     buffer = make(DIPOReplayBuffer, 5)
     fill(buffer, 5)
-    before = buffer.improved_actions.tobytes()
-    buffer.sample_improved(8).improved_actions.fill_(9.0)
-    assert buffer.improved_actions.tobytes() == before
+    before = deepcopy(buffer)
+    batch = buffer.sample_improved(8)
+    batch.actions.fill_(9.0)
+    batch.improved_actions.fill_(9.0)
+    assert same_state(buffer, before)
 
 
 def test_minibatches_of_critic_and_actor_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,63 +257,86 @@ def test_training_never_changes_the_actions_taken(env: Any, policy: str, kwargs:
     assert np.abs(buffer.improved_actions).max() <= 1
 
 
-def test_without_persistence_nothing_is_written(tmp_path: pathlib.Path) -> None:
+def starts_of_ascents(model: DIPO, updates: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, np.ndarray]]:
+    """Train, and tell of each update the minibatch of the action gradient and the actions that the ascent started from."""
+    batches: list[Any] = []
+    starts: list[np.ndarray] = []
+    buffer: Any = model.replay_buffer
+    sample_improved, ascend = buffer.sample_improved, sb3_dipo.dipo.improve_actions
+
+    def watched_sample(*args: Any, **kwargs: Any) -> Any:
+        batches.append(sample_improved(*args, **kwargs))
+        return batches[-1]
+
+    def watched_ascent(q_fn: Any, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
+        starts.append(actions.detach().numpy().copy())
+        return ascend(q_fn, actions, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(buffer, "sample_improved", watched_sample)
+        patched.setattr(sb3_dipo.dipo, "improve_actions", watched_ascent)
+        model.train(updates, 8)
+    return list(zip(batches, starts, strict=True))
+
+
+@pytest.mark.parametrize("make_env, kwargs", [(TinyEnv, {}), (goal_envs, {"replay_buffer_class": HerReplayBuffer})])
+def test_persistence_is_switched_on_a_running_agent(
+    make_env: Any, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_dipo(make_env(), "MultiInputPolicy" if kwargs else "MlpPolicy", **kwargs)
+    model.learn(40)
+    buffer: Any = model.replay_buffer
+    improved = buffer.improved_actions.copy()
+    assert (improved != buffer.actions).any()
+
+    model.persist_improved_actions = False
+    for batch, start in starts_of_ascents(model, 5, monkeypatch):
+        real = batch.rows >= 0
+        np.testing.assert_array_equal(start, batch.actions)
+        np.testing.assert_array_equal(start[real], buffer.actions[batch.rows[real], batch.envs[real]])
+    assert buffer.improved_actions.tobytes() == improved.tobytes()  # nothing is written
+
+    model.persist_improved_actions = True
+    for batch, start in starts_of_ascents(model, 5, monkeypatch):
+        np.testing.assert_array_equal(start, batch.improved_actions)
+    assert buffer.improved_actions.tobytes() != improved.tobytes()
+
+
+def test_without_persistence_loaded_improvements_are_not_used(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    improving = small_dipo()
+    improving.learn(40)
+    improving.save_replay_buffer(tmp_path / "buffer.pkl")
     model = small_dipo(persist_improved_actions=False)
     model.learn(40)
     model.train(10, 8)
     buffer: Any = model.replay_buffer
     assert buffer.improved_actions.tobytes() == buffer.actions.tobytes()
     assert model.logger.name_to_value["train/action_shift"] > 0
-
-    improving = small_dipo()
-    improving.learn(40)
-    assert isinstance(improving.replay_buffer, DIPOReplayBuffer)
-    assert (improving.replay_buffer.improved_actions != improving.replay_buffer.actions).any()
-    improving.save_replay_buffer(tmp_path / "buffer.pkl")
     model.load_replay_buffer(tmp_path / "buffer.pkl")
-    buffer = model.replay_buffer
-    np.testing.assert_array_equal(buffer.actions, improving.replay_buffer.actions)
-    batch = buffer.sample_improved(50)
-    np.testing.assert_array_equal(batch.improved_actions.numpy(), buffer.actions[batch.rows, batch.envs])
-    model.train(10, 8)
-    assert buffer.improved_actions.tobytes() == buffer.actions.tobytes()
+    for batch, start in starts_of_ascents(model, 5, monkeypatch):
+        assert isinstance(model.replay_buffer, DIPOReplayBuffer)
+        np.testing.assert_array_equal(start, model.replay_buffer.actions[batch.rows, batch.envs])
 
 
 # ------------------------------------------------------------------------------------------------- memory
 
 
-ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts", "improved_actions")
-
-
 @pytest.mark.parametrize("buffer_class", CLASSES)
-def test_nothing_is_allocated_before_the_first_transition(buffer_class: type[Any]) -> None:
-    tracemalloc.start()
-    try:
-        buffer = make(buffer_class, 100_000, 2)
-        # at no time: where memory is not promised beyond what there is, zeros count from the start
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 200_000
-    assert not [name for name in ARRAYS if hasattr(buffer, name)]
-    assert buffer.size() == 0
-    fill(buffer, 1)
-    assert not [name for name in ARRAYS if not hasattr(buffer, name)]
-    assert buffer.actions.shape == (100_000, 2, 3)
+def test_arrays_exist_before_the_first_transition(buffer_class: type[Any]) -> None:
+    buffer = make(buffer_class, 10, 2)
+    observations = buffer.observations["place"] if isinstance(buffer.observations, dict) else buffer.observations
+    assert buffer.size() == 0 and observations.shape == (10, 2, 2)
+    assert buffer.improved_actions.shape == buffer.actions.shape == (10, 2, 3)
+    assert buffer.improved_actions.dtype == np.float32
+    buffer.reset_improved()
 
 
-def test_nothing_is_allocated_before_the_first_transition_with_her() -> None:
-    vec_env = goal_envs(2)
-    tracemalloc.start()
-    try:
-        buffer = her_buffer(vec_env, 100_000)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 200_000
-    assert not [name for name in (*ARRAYS, "ep_start", "ep_length", "infos") if hasattr(buffer, name)]
-    play(vec_env, buffer, 1)
-    assert buffer.ep_start.shape == (100_000, 2)
+def test_an_agents_arrays_exist_before_the_first_transition() -> None:
+    model: Any = small_dipo()
+    assert model.replay_buffer.observations.shape == (1000, 1, 3)
+    model = small_dipo(goal_envs(2), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    assert model.replay_buffer.observations["desired_goal"].shape == (500, 2, 2)
+    assert model.replay_buffer.ep_length.shape == model.replay_buffer.infos.shape == (500, 2)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +352,7 @@ def test_arrays_are_those_of_sb3(buffer_class: type[Any], sb3_class: type[Any], 
     ours, theirs = make(buffer_class, 7, 2, **kwargs), make(sb3_class, 7, 2, **kwargs)
     fill(ours, 10)
     fill(theirs, 10)
-    assert set(vars(ours)) - set(vars(theirs)) == {"improved_actions", "_pending"}
+    assert set(vars(ours)) - set(vars(theirs)) == {"improved_actions"}
     for name, value in vars(theirs).items():
         for key, array in value.items() if name.endswith("observations") and isinstance(value, dict) else [("", value)]:
             own = vars(ours)[name][key] if key else vars(ours)[name]
@@ -337,8 +368,6 @@ def test_sb3s_warning_of_low_memory_stays(buffer_class: type[Any], monkeypatch: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(buffer_class, 2)
-    with pytest.warns(UserWarning, match="does not have apparently enough memory"):
-        small_dipo()
 
 
 def test_sampling_an_empty_buffer_is_an_error() -> None:
@@ -424,23 +453,138 @@ def test_n_step_returns_are_those_of_sb3() -> None:
     assert drawn.discounts is not None and drawn.discounts.min() == pytest.approx(0.9**3)
 
 
-@pytest.mark.parametrize("buffer_class", CLASSES)
-def test_pickling(buffer_class: type[Any]) -> None:
-    empty = pickle.loads(pickle.dumps(make(buffer_class, 6, 2)))
-    assert not hasattr(empty, "actions")
-    fill(empty, 3)
-    np.testing.assert_array_equal(empty.improved_actions, empty.actions)
+# ------------------------------------------------------------------------------------------------- files, copies
 
-    buffer = make(buffer_class, 6, 2)
-    fill(buffer, 8)
-    batch = buffer.sample_improved(5)
-    buffer.update_improved(batch.rows, batch.envs, th.zeros(5, 3))
-    copied = pickle.loads(pickle.dumps(buffer))
-    np.testing.assert_array_equal(copied.improved_actions, buffer.improved_actions)
-    np.testing.assert_array_equal(copied.actions, buffer.actions)
-    assert (copied.pos, copied.full) == (2, True)
-    fill(copied, 1, first=8)
-    np.testing.assert_array_equal(copied.improved_actions[2], action_of(8, 2).astype(np.float32))
+
+def same_state(first: Any, second: Any) -> bool:
+    """Whether two buffers hold the same, whatever it is, in arrays of the same shape and type."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        if isinstance(one, np.ndarray) and one.dtype == object:
+            return one.shape == other.shape and all(map(same, one.flat, other.flat))
+        if isinstance(one, np.ndarray):
+            return one.dtype == other.dtype and np.array_equal(one, other)
+        return bool(one == other)
+
+    return type(first) is type(second) and same(vars(first), vars(second))
+
+
+def pickled(buffer: Any) -> Any:
+    return pickle.loads(pickle.dumps(buffer))
+
+
+@pytest.mark.parametrize("copied", [pickled, deepcopy])
+@pytest.mark.parametrize("transitions", [0, 3, 5, 6, 8])
+@pytest.mark.parametrize(
+    "buffer_class, kwargs", [*[(each, {}) for each in CLASSES], (DIPOReplayBuffer, OPTIMIZED)], ids=lambda x: str(x)[-30:]
+)
+def test_copies(buffer_class: type[Any], kwargs: dict[str, Any], transitions: int, copied: Any) -> None:
+    buffer = make(buffer_class, 6, 2, **kwargs)
+    fill(buffer, transitions)
+    if transitions:
+        batch = buffer.sample_improved(5)
+        buffer.update_improved(batch.rows, batch.envs, th.zeros(5, 3))
+    copy = copied(buffer)
+    assert same_state(copy, buffer)
+    # they share no memory, and go on alike, also where they wrap around
+    fill(copy, 4, first=transitions)
+    assert not same_state(copy, buffer)
+    fill(buffer, 4, first=transitions)
+    assert same_state(copy, buffer)
+    drawn = []
+    for each in (buffer, copy):
+        np.random.seed(0)
+        drawn.append((places(each.sample(50)), places(each.sample_improved(50))))
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("copied", [pickled, deepcopy])
+@pytest.mark.parametrize("rows, steps", [(3, 1), (200, 0), (200, 20), (17, 16), (17, 60)])
+def test_copies_of_her(rows: int, steps: int, copied: Any) -> None:
+    vec_env = goal_envs(3)
+    buffer: Any = her_buffer(vec_env, rows, copy_info_dict=True)
+    play(vec_env, buffer, steps)
+    if (buffer.ep_length > 0).any():
+        batch = buffer.sample_improved(20)
+        buffer.update_improved(batch.rows, batch.envs, th.zeros(20, 2))
+        assert (buffer.improved_actions != buffer.actions).any()
+    copy = copied(buffer)
+    assert copy.env is None
+    copy.set_env(vec_env)
+    assert same_state(copy, buffer)
+    continued = deepcopy(vec_env.envs)
+    for each in (buffer, copy):
+        vec_env.envs = deepcopy(continued)
+        play(vec_env, each, 12, seed=1)
+    assert same_state(copy, buffer)
+    copy.sample(8)
+    copy.sample_improved(8)
+
+
+@pytest.mark.parametrize("buffer_class", [*CLASSES, DIPOHerReplayBuffer])
+def test_only_filled_rows_are_saved(buffer_class: type[Any]) -> None:
+    if buffer_class is DIPOHerReplayBuffer:
+        vec_env = goal_envs()
+        buffer: Any = her_buffer(vec_env, 100_000)
+        play(vec_env, buffer, 20)
+    else:
+        buffer = make(buffer_class, 100_000)
+        fill(buffer, 20)
+    assert len(pickle.dumps(buffer)) < 10_000
+    assert len(pickled(buffer).improved_actions) == 100_000
+
+
+def test_an_agents_file_holds_only_filled_rows(tmp_path: pathlib.Path) -> None:
+    model = small_dipo(buffer_size=1_000_000)
+    model.learn(20)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    assert (tmp_path / "buffer.pkl").stat().st_size < 10_000
+    before = model.replay_buffer
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert model.replay_buffer is not before and same_state(model.replay_buffer, before)
+
+
+class WeightedBuffer(DIPOReplayBuffer):
+    """A user's own, with an array of its own that is not empty where no transition is stored."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.weights = np.ones((self.buffer_size, self.n_envs))
+
+
+@pytest.mark.parametrize("copied", [pickled, deepcopy])
+def test_what_a_subclass_adds_is_copied_as_it_is(copied: Any) -> None:
+    buffer = make(WeightedBuffer, 6, 2)
+    fill(buffer, 3)
+    assert same_state(copied(buffer), buffer)
+
+
+OLD_FILES = pathlib.Path(__file__).parent / "data" / "version_0_1"
+
+
+def test_a_file_of_the_old_version() -> None:
+    model = small_dipo(gym.make("Pendulum-v1"), buffer_size=60)
+    model.load_replay_buffer(OLD_FILES / "replay_buffer.pkl")
+    buffer: Any = model.replay_buffer
+    expected = np.load(OLD_FILES / "expected.npz")
+    np.testing.assert_array_equal(buffer.actions, expected["taken"])
+    np.testing.assert_array_equal(buffer.improved_actions, expected["improved"])
+    assert (expected["improved"] != expected["taken"]).any() and buffer.size() == 40
+    assert vars(buffer).keys() == vars(make(DIPOReplayBuffer)).keys()
+    model.learn(30)
+    assert buffer.full
+
+
+def test_an_empty_file_of_the_old_version() -> None:
+    """It holds no arrays, which that version allocated at the first transition."""
+    vec_env = make_vec_env(lambda: BitFlippingEnv(n_bits=4, continuous=True), n_envs=2)
+    buffer = load_from_pkl(OLD_FILES / "empty_her_replay_buffer.pkl")
+    buffer.set_env(vec_env)
+    assert same_state(buffer, her_buffer(vec_env, 10, copy_info_dict=True))
+    play(vec_env, buffer, 30)
+    buffer.sample(8)
 
 
 # ------------------------------------------------------------------------------------------------- HER
@@ -474,10 +618,12 @@ def test_her_relabels_with_goals_of_the_same_episodes_future(n_envs: int, rows: 
         start = batch.improved_actions.numpy()
         expected = np.array([stored[tuple(goal)] for goal in achieved[relabelled]])
         np.testing.assert_array_equal(start[relabelled], expected)
+        np.testing.assert_array_equal(batch.actions[relabelled], expected)
         # real ones keep their goal and their improvement, and say where they came from
         assert (desired[~relabelled] == [-1, 0]).all()
         assert (start[~relabelled] == 0.125).all()
         kept, envs = batch.rows[~relabelled], batch.envs[~relabelled]
+        np.testing.assert_array_equal(batch.actions[~relabelled], taken[kept, envs])
         np.testing.assert_array_equal(achieved[~relabelled], buffer.observations["achieved_goal"][kept, envs])
         # and only whole episodes are drawn
         assert (buffer.ep_length[kept, envs] > 0).all()
@@ -544,21 +690,6 @@ def test_her_cannot_sample_before_the_end_of_the_first_episode(sample: str) -> N
     getattr(buffer, sample)(4)
 
 
-def test_her_pickling() -> None:
-    vec_env = goal_envs(2)
-    buffer = her_buffer(vec_env)
-    play(vec_env, buffer, 20)
-    batch = buffer.sample_improved(20)
-    buffer.update_improved(batch.rows, batch.envs, th.zeros(20, 2))
-    copied = pickle.loads(pickle.dumps(buffer))
-    assert copied.env is None
-    np.testing.assert_array_equal(copied.improved_actions, buffer.improved_actions)
-    assert (copied.improved_actions != copied.actions).any()
-    copied.set_env(vec_env)
-    copied.sample(8)
-    copied.sample_improved(8)
-
-
 def test_her_keeps_the_infos_where_asked_to() -> None:
     vec_env = goal_envs()
     buffer = her_buffer(vec_env, copy_info_dict=True)
@@ -584,7 +715,8 @@ def test_her_keeps_the_infos_where_asked_to() -> None:
 )
 def test_class_for_vectors(given: type[ReplayBuffer] | None, kwargs: dict[str, Any], expected: type[ReplayBuffer]) -> None:
     model = small_dipo(replay_buffer_class=given, **kwargs)  # a warning would be an error here
-    assert type(model.replay_buffer) is expected and model.replay_buffer_class is expected
+    assert type(model.replay_buffer) is expected
+    assert model.replay_buffer_class is (None if given is None else expected)
     if isinstance(model.replay_buffer, DIPONStepReplayBuffer):
         assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (3, model.gamma)
     model.learn(20)
@@ -602,7 +734,8 @@ def test_class_for_vectors(given: type[ReplayBuffer] | None, kwargs: dict[str, A
 )
 def test_class_for_dicts(given: type[ReplayBuffer] | None, expected: type[ReplayBuffer]) -> None:
     model = small_dipo(goal_envs(2), "MultiInputPolicy", replay_buffer_class=given)
-    assert type(model.replay_buffer) is expected and model.replay_buffer_class is expected
+    assert type(model.replay_buffer) is expected
+    assert model.replay_buffer_class is (None if given is None else expected)
     model.learn(20)
 
 
@@ -618,6 +751,19 @@ def test_arguments_of_the_buffer_are_passed_on() -> None:
     model = small_dipo(n_steps=2, replay_buffer_kwargs=(n_step_kwargs := {"handle_timeout_termination": False}))
     assert model.replay_buffer is not None and not model.replay_buffer.handle_timeout_termination
     assert n_step_kwargs == {"handle_timeout_termination": False}
+
+
+@pytest.mark.parametrize("given, named", [(None, False), (ReplayBuffer, True), (DIPOReplayBuffer, True)])
+def test_a_class_that_was_not_named_is_chosen_again_where_the_agent_is_loaded(
+    given: type[ReplayBuffer] | None, named: bool, tmp_path: pathlib.Path
+) -> None:
+    """So an agent saved on a CPU can have its replay data on the device where it is loaded."""
+    model = small_dipo(replay_buffer_class=given)
+    for number in range(2):
+        assert (model.replay_buffer_class is DIPOReplayBuffer) == named
+        model.save(tmp_path / str(number))
+        model = DIPO.load(tmp_path / str(number), env=TinyEnv())
+        assert type(model.replay_buffer) is DIPOReplayBuffer
 
 
 class OtherBuffer(ReplayBuffer):
@@ -704,6 +850,49 @@ def test_buffer_saved_by_sac(
     assert (buffer.improved_actions != buffer.actions).any()
     np.testing.assert_array_equal(buffer.actions, sac.replay_buffer.actions)
     model.learn(20)
+
+
+@pytest.mark.parametrize(
+    "make_env, policy, sb3_class, kwargs",
+    [
+        (lambda: tiny_envs(2), "MlpPolicy", ReplayBuffer, {}),
+        (lambda: tiny_envs(2), "MlpPolicy", NStepReplayBuffer, {"n_steps": 3}),
+        (lambda: tiny_envs(2, observation="dict"), "MultiInputPolicy", DictReplayBuffer, {}),
+        (lambda: goal_envs(2), "MultiInputPolicy", HerReplayBuffer, {"replay_buffer_class": HerReplayBuffer}),
+    ],
+    ids=["plain", "n-step", "dict", "her"],
+)
+def test_a_buffer_of_sb3_that_is_put_into_an_agent(
+    make_env: Any, policy: str, sb3_class: type[Any], kwargs: dict[str, Any]
+) -> None:
+    model = small_dipo(make_env(), policy, **kwargs)
+    expected_class = type(model.replay_buffer)
+    of_her = {"env": model.env} if sb3_class is HerReplayBuffer else {}
+    buffer = sb3_class(100, model.observation_space, model.action_space, n_envs=2, device="cpu", **of_her)
+    model.replay_buffer = buffer
+    model.learn(60)
+    ours: Any = model.replay_buffer
+    assert type(ours) is expected_class and ours.actions is buffer.actions and ours.rewards is buffer.rewards
+    assert (ours.improved_actions != ours.actions).any()
+
+
+def test_a_buffer_that_cannot_be_converted_is_refused_by_name() -> None:
+    model = small_dipo()
+    model.learn(20)
+    model.replay_buffer = OtherBuffer(100, model.observation_space, model.action_space, device="cpu")
+    with pytest.raises(ValueError, match="A OtherBuffer stores no improved actions and cannot be converted"):
+        model.learn(20)
+
+
+def test_a_converted_buffer_shares_its_arrays() -> None:
+    source = make(ReplayBuffer, 6, 2)
+    fill(source, 4)
+    converted = with_improved_actions(source)
+    assert type(converted) is DIPOReplayBuffer and converted.observations is source.observations
+    np.testing.assert_array_equal(converted.improved_actions, source.actions)
+    converted.update_improved(np.array([0]), np.array([0]), np.ones((1, 3)))
+    assert (source.actions != 1).all()
+    assert with_improved_actions(converted) is converted
 
 
 def test_saved_improvements_are_loaded(tmp_path: pathlib.Path) -> None:
