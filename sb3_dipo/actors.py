@@ -235,7 +235,7 @@ class DiffusionActor(GenerativeActor):
         )
         self.sampler = self.check_sampler(own)
         self.noise_network = NoisePredictionNetwork(
-            self.action_dim, self.features_dim, self.net_arch, self.activation_fn, time_embed_dim
+            self.action_dim, self.features_dim, self.net_arch, self.activation_fn, self.time_embed_dim
         )
         # the one starting point of deterministic=True: drawn here, saved with the weights
         self.register_buffer("latent", th.randn(1, self.action_dim))
@@ -248,9 +248,7 @@ class DiffusionActor(GenerativeActor):
             sampler = replace(sampler, num_inference_steps=check_int("num_inference_steps", sampler.num_inference_steps, 1))
         sampler = replace(sampler, eta=check_float("eta", sampler.eta, maximum=1.0))
         if sampler.eta != 0 and sampler.solver != "ddim":
-            raise ValueError(
-                f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}."
-            )
+            raise ValueError(f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}.")
         self.solver_table(sampler)  # the solver checks, too
         return sampler
 

@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from sb3_dipo.policies import ACCELERATIONS, DIPOPolicy
 
 SelfDIPO = TypeVar("SelfDIPO", bound="DIPOBase")
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
     "buffer_size": partial(check_int, minimum=1),
     "learning_starts": partial(check_int, minimum=0),
     "batch_size": partial(check_int, minimum=1),
@@ -62,8 +62,8 @@ class DIPOBase(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        # A class that was not given is chosen again where the model is loaded, perhaps on another device; arguments are kept as
-        # they were given. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
+        # A class that was not given is chosen again where the model is loaded, perhaps on another device, and arguments are
+        # kept as they were given. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to them.
         given_class, given_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
@@ -89,7 +89,7 @@ class DIPOBase(OffPolicyAlgorithm):
             try:
                 self._guard, self._graphs = fast.set_up(self.policy, accelerate)
             except fast.KernelError as error:
-                warnings.warn(f"`accelerate={accelerate!r}` runs as \"auto\" here: {error}.", stacklevel=4)
+                warnings.warn(f'`accelerate={accelerate!r}` runs as "auto" here: {error}.', stacklevel=4)
                 accelerate = "auto"
                 self._guard, self._graphs = fast.set_up(self.policy, accelerate)
         self.policy.set_accelerate(accelerate)
@@ -265,6 +265,7 @@ class DIPOBase(OffPolicyAlgorithm):
         current = self.replay_buffer
         try:
             super().load_replay_buffer(path, truncate_last_traj)
+            assert self.replay_buffer is not None
             loaded = with_improved_actions(self.replay_buffer)
             if self._graphs is not None and current is not None:
                 from sb3_dipo.fast import as_storage

@@ -160,6 +160,7 @@ class DIPO(DIPOBase):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
+        assert self.replay_buffer is not None
         self.replay_buffer = replay_buffer = with_improved_actions(self.replay_buffer)
         replay_buffer.refresh_statistics(self._vec_normalize_env)
         self._guard.begin()

@@ -21,7 +21,7 @@ from sb3_dipo.actors import ACTORS, GenerativeActor
 from sb3_dipo.checks import check_choice, check_int
 from sb3_dipo.critics import CRITICS, Critic
 from sb3_dipo.networks import PLAIN, UsesOps
-from sb3_dipo.samplers import SAMPLER_USES, Sampler
+from sb3_dipo.samplers import SAMPLER_USES
 
 ACCELERATIONS = ("auto", "cudagraphs", "compile", "off")
 INFERENCE_DTYPES = ("float32", "bfloat16")
@@ -281,7 +281,9 @@ class DIPOPolicy(BasePolicy):
 def _find_class(name: str, value: Any, base: type[Any], known: dict[str, Any]) -> Any:
     if isinstance(value, type):
         if not issubclass(value, base):
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))} or a subclass of {base.__name__}, not {value}.")
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(map(repr, known))} or a subclass of {base.__name__}, not {value}."
+            )
         return value
     return known[check_choice(name, value, known)]
 

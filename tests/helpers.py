@@ -17,8 +17,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_dipo import DIPO, DIPOReplayBuffer
+from sb3_dipo.buffers import ImprovedSamples
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+MODES = ("off", "auto", "compile")
+"""Values of ``accelerate`` that compute differently on a CPU."""
 
 
 def start_example(script: str, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
@@ -63,9 +66,12 @@ class GivenRowsBuffer(DIPOReplayBuffer):
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
         return self._get_samples(self.critic_rows.pop(0), env)
 
-    def _draw_places(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample_improved(self, batch_size: int, env: Any = None) -> ImprovedSamples:
         rows = self.actor_rows.pop(0)
-        return rows, np.zeros_like(rows)
+        envs = np.zeros_like(rows)
+        arrays = (self.observations, self.actions, self.improved_actions)
+        observations, actions, improved_actions = (self.to_torch(array[rows, envs]) for array in arrays)
+        return ImprovedSamples(observations, actions, improved_actions, rows, envs)
 
 
 def make_agent(obs_dim: int, action_dim: int, n_envs: int = 1, **kwargs: Any) -> DIPO:
@@ -127,7 +133,7 @@ def displacement_error(parameters: Sequence[th.Tensor], start: Sequence[Any], ex
 
 @contextlib.contextmanager
 def noise_predictions(network: Any) -> Iterator[list[int]]:
-    """Batch sizes of the calls of a NoisePredictionNetwork in reverse processes, which a hook makes plain."""
+    """Batch sizes of the calls of a NoisePredictionNetwork; its hook makes fast paths step aside, and call the module."""
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     try:

@@ -316,7 +316,7 @@ def normalizer(**kwargs: Any) -> Any:
     return env
 
 
-ROUNDING = {"rtol": 3e-7, "atol": 0.0}
+ROUNDING: dict[str, Any] = {"rtol": 3e-7, "atol": 0.0}
 """SB3 normalises in float64 and rounds; we do it in float32."""
 
 

@@ -238,7 +238,7 @@ class _MLP(th.autograd.Function):
         if th.is_grad_enabled():
             return None, *_differentiable_gradients(ctx, grad_output)
         pairs, needed = _pairs(ctx.saved_tensors[1:]), ctx.needs_input_grad[1:]
-        gradient, gradients = grad_output.contiguous(), []
+        gradient, gradients = grad_output.contiguous(), list[th.Tensor | None]()
         for i in reversed(range(len(pairs))):
             if i < len(pairs) - 1:
                 gradient = ctx.arithmetic.mish_backward(gradient, ctx.pre_activations[i])
@@ -323,8 +323,8 @@ class FastOps(Ops):
     ) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.reverse_process`."""
         given = (features, initial_noise) if noise is None else (features, initial_noise, noise)
-        shape = (features.shape[0], network.splits[0]) if is_known(network, NoisePredictionNetwork) else None
-        fits = initial_noise.shape == shape and (noise is None or noise.shape == (len(table.steps), *initial_noise.shape))
+        shape = (features.shape[0], network.splits[0]) if is_known(network, NoisePredictionNetwork) else ()
+        fits = initial_noise.shape == shape and (noise is None or noise.shape == (len(table.steps), *shape))
         layers = known_layers(network.layers, features.device) if fits and is_ordinary(*given) else None
         if layers is None or th.is_grad_enabled() or features.dim() != 2 or features.shape[1] != network.splits[2]:
             return super().reverse_process(network, table, features, initial_noise, noise, clip_sample)
