@@ -10,11 +10,13 @@ from sb3_dipo.device_buffer import DIPODeviceReplayBuffer
 from sb3_dipo.dipo import DIPO
 from sb3_dipo.guard import NonFiniteLossError
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dipo.recommended import RECOMMENDED
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DIPO",
+    "RECOMMENDED",
     "CnnPolicy",
     "DIPODeviceReplayBuffer",
     "DIPODictReplayBuffer",

@@ -29,6 +29,7 @@ ORDER = (
     "policies",
     "dipo",
     "checkpoint",
+    "recommended",
 )
 """No module imports a later one."""
 OUTSIDE = ("zoo", "envs")
