@@ -4,26 +4,20 @@ import importlib
 import itertools
 import math
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from processes import PAPER, Scripts, until
 from scipy.integrate import quad  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from sb3_dipo.diffusion import SOLVERS, make_schedule, sample
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "convergence.py"
-
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(SCRIPT.parent))
-    convergence, laws = map(importlib.import_module, ("convergence", "convergence_laws"))
+SCRIPT = PAPER / "convergence.py"
+convergence, laws = map(importlib.import_module, ("convergence", "convergence_laws"))
 
 
 def measure(mean: list[float], variance: list[float], h: float, horizon: float, score_error: float = 0.0) -> dict[str, Any]:
@@ -224,21 +218,17 @@ def test_keep_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quick_killed_and_started_again(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--quick", "--out"]
-    killed = subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "terms.csv").exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+def test_quick_killed_and_started_again(scripts: Scripts, tmp_path: Path) -> None:
+    killed = scripts.start(SCRIPT, "--quick", "--out", "killed", cwd=tmp_path)
+    until(lambda: (tmp_path / "killed" / "terms.csv").exists(), killed)
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "mixture.csv").exists()
 
     files = {}
     for folder in ("killed", "whole"):
-        done = subprocess.run([*command, folder], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        scripts.run(SCRIPT, "--quick", "--out", folder, cwd=tmp_path)
         files[folder] = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
     assert files["killed"] == files["whole"]
     parts = ("orders", "terms", "map", "mixture")
