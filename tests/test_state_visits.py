@@ -98,13 +98,13 @@ def play(model: Any) -> tuple[list[np.ndarray], list[float]]:
 def test_visits(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All algorithms start from the same states, each episode counts to its end, and TD3 has its noise."""
     monkeypatch.chdir(tmp_path)  # where MuJoCo writes
-    small: dict[str, Any] = dict(env=ENV, seed=0, device="cpu", policy_kwargs=dict(net_arch=[8]))
+    small: dict[str, Any] = dict(env=ENV, seed=0, device="cpu")
     noise = NormalActionNoise(np.zeros(3), np.full(3, 0.1))
     agents = dict(
-        dipo=DIPO("MlpPolicy", **{**small, "policy_kwargs": dict(net_arch=[8], num_train_timesteps=3)}),
-        sac=SAC("MlpPolicy", **small),
-        td3=TD3("MlpPolicy", action_noise=noise, **small),
-        ppo=PPO("MlpPolicy", n_steps=64, **small),
+        dipo=DIPO("MlpPolicy", policy_kwargs=dict(net_arch=[8], num_train_timesteps=3), **small),
+        sac=SAC("MlpPolicy", policy_kwargs=dict(net_arch=[8]), **small),
+        td3=TD3("MlpPolicy", policy_kwargs=dict(net_arch=[8]), action_noise=noise, **small),
+        ppo=PPO("MlpPolicy", policy_kwargs=dict(net_arch=[8]), n_steps=64, **small),
     )
 
     def run(name: str, model: Any) -> Any:
