@@ -28,6 +28,7 @@ ORDER = (
     "base",
     "dipo",
     "checkpoint",
+    "recommended",
 )
 """No module of the core imports a later one."""
 FAST = "fast"
