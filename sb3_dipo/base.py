@@ -13,7 +13,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -55,6 +55,7 @@ class DIPOBase(OffPolicyAlgorithm):
     action_gradient_steps: int
     persist_improved_actions: bool
     qf_learning_rate: Any
+    _qf_lr_schedule: Schedule | None
     accelerate: str
     samplers: dict[str, dict[str, Any]] | None
 
@@ -153,6 +154,15 @@ class DIPOBase(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------------------------------------- learning rates
 
+    @property
+    def qf_lr_schedule(self) -> Schedule:
+        """The critics' learning rate as a function of the remaining progress: the actor's, as it is now, unless it is set."""
+        return self._qf_lr_schedule or self.lr_schedule
+
+    @qf_lr_schedule.setter
+    def qf_lr_schedule(self, schedule: Schedule | None) -> None:
+        self._qf_lr_schedule = schedule
+
     def _setup_lr_schedule(self) -> None:
         for name, value in (("learning_rate", self.learning_rate), ("qf_learning_rate", self.qf_learning_rate)):
             if value is not None and not callable(value):
@@ -163,8 +173,7 @@ class DIPOBase(OffPolicyAlgorithm):
 
     def _learning_rates(self, progress_remaining: float) -> tuple[float, float]:
         learning_rate = check_float("learning_rate", self.lr_schedule(progress_remaining))
-        qf_lr_schedule = self.qf_lr_schedule or self.lr_schedule
-        return learning_rate, check_float("qf_learning_rate", qf_lr_schedule(progress_remaining))
+        return learning_rate, check_float("qf_learning_rate", self.qf_lr_schedule(progress_remaining))
 
     def _update_learning_rates(self, progress_remaining: float | None = None) -> None:
         if progress_remaining is None:

@@ -301,7 +301,7 @@ class CnnPolicy(DIPOPolicy):
     """
 
     def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+        super().__init__(*args, **{"features_extractor_class": features_extractor_class, **kwargs})
 
 
 class MultiInputPolicy(DIPOPolicy):
@@ -314,4 +314,4 @@ class MultiInputPolicy(DIPOPolicy):
     """
 
     def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any):
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+        super().__init__(*args, **{"features_extractor_class": features_extractor_class, **kwargs})
