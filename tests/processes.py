@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ class Scripts:
     def __exit__(self, *_: object) -> None:
         while left := self.left():
             for process in left:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(left, timeout=1)
         self.pipes.close()
 
@@ -51,12 +53,18 @@ class Scripts:
     def start(self, script: Path, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
         command = [sys.executable, str(script), *arguments]
         pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark}, **pipe)
+        pipe |= dict(preexec_fn=heed_ctrl_c, env={**os.environ, "OMP_NUM_THREADS": "1", MARK: self.mark})
+        process = subprocess.Popen(command, cwd=cwd, **pipe)
         return self.pipes.enter_context(process)
 
     def run(self, script: Path, *arguments: str, cwd: Path) -> str:
         """Run to the end, which must be a good one; what was printed."""
         return finish(self.start(script, *arguments, cwd=cwd))
+
+
+def heed_ctrl_c() -> None:
+    """Where the tests run in the background of a shell, SIGINT is ignored, and so it would be by all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
