@@ -27,6 +27,8 @@ ORDER = (
     "policies",
     "base",
     "dipo",
+    "env_state",
+    "checkpoint_folder",
     "checkpoint",
     "recommended",
 )
