@@ -159,7 +159,13 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         return data
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False, sampler: Sampler | None = None) -> th.Tensor:
-        """Actions in [-1, 1], (batch_size, action_dim), for observations, with a sampler or the actor's own."""
+        """
+        Actions in [-1, 1], (batch_size, action_dim), for observations.
+
+        :param obs: observations, batch_size first
+        :param deterministic: whether to draw nothing
+        :param sampler: how to sample: one of the policy's, which ``set_sampler`` changes; :attr:`sampler` where None
+        """
         features = self.extract_features(obs)
         return self.deterministic_action(features, sampler) if deterministic else self.sample(features, sampler=sampler)
 

@@ -79,10 +79,10 @@ class Ops:
         :param clip_sample: whether to clip the predicted clean actions to [-1, 1] at every step
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        timesteps = th.tensor(table.timesteps, dtype=th.int64, device=features.device)
 
         def predict_noise(noisy_actions: th.Tensor, step: int) -> th.Tensor:
-            return network(noisy_actions, timesteps[step].expand(features.shape[0]), features)
+            timesteps = features.new_full((features.shape[0],), table.timesteps[step], dtype=th.int64)
+            return network(noisy_actions, timesteps, features)
 
         return sample(table, predict_noise, initial_noise, noise, clip_sample)
 

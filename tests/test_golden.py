@@ -227,8 +227,8 @@ def test_oracle_reaches_the_golden_weights_too(plain: Golden) -> None:
         noise = {"initial_noise": "x_K", "noise": "z", "timesteps": "k", "loss_noise": "noise"}
         naive.update(memory, {**rows, **envs, **{ours: plain[f"update.{theirs}"][update] for ours, theirs in noise.items()}})
     for name, weights in naive.flat_parameters().items():
-        # processors round products differently: 1.7e-5 was seen; the least fault that counts is 2.7e-5, see above
-        assert displacement_error(weights, start[name], plain.weights(f"update.final.{name}.")) < 2e-5, name
+        # processors round products differently: 2.1e-5 was seen; the least fault that counts is 2.7e-5, see above
+        assert displacement_error(weights, start[name], plain.weights(f"update.final.{name}.")) < 2.5e-5, name
 
 
 @pytest.mark.parametrize("actor", ["vae", "mlp"])
