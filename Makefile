@@ -33,7 +33,7 @@ test: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov --numprocesses auto --dist worksteal
 
 format: $(VENV)/.installed-tests
 	$(BIN)/ruff check --fix .

@@ -32,11 +32,11 @@ class DeterministicPolicy(nn.Module):
         super().__init__()
         box = model.action_space
         assert isinstance(box, spaces.Box)
-        self.actor = model.policy.actor
+        self.actor, self.sampler = model.policy.actor, model.policy.samplers["evaluation"]
         self.low, self.high = nn.Buffer(th.as_tensor(box.low)), nn.Buffer(th.as_tensor(box.high))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        actions = self.actor(observations, deterministic=True).reshape(-1, *self.low.shape)  # in [-1, 1]
+        actions = self.actor(observations, deterministic=True, sampler=self.sampler).reshape(-1, *self.low.shape)  # in [-1, 1]
         return self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
 
 

@@ -3,7 +3,8 @@
     python examples/train.py
     python examples/train.py --env Hopper-v5 --timesteps 100000 --seed 1 --save-to runs/hopper
 
-Everything that is written goes into one folder, by default runs/<env>. Ctrl-C ends the training early and keeps the agent.
+The agent has the recommended setting. Everything that is written goes into one folder, by default runs/<env>. Ctrl-C ends the
+training early and keeps the agent.
 """
 
 import argparse
@@ -16,14 +17,12 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_dipo import DIPO
+from sb3_dipo import DIPO, RECOMMENDED
 
-# Chosen to show something within a quarter of an hour on two CPU cores. The paper's own settings (1,000,000 steps, the
-# first 10,000 of them at random, 100 denoising steps) go further and take far longer: see hyperparams/dipo.yml.
+# Chosen to show something within a quarter of an hour on a CPU. With the paper's 1,000,000 steps, the first 10,000 of them at
+# random, DIPO goes further and takes far longer.
 TIMESTEPS = 15_000
 LEARNING_STARTS = 1_000  # random steps before the first update
-DENOISING_STEPS = 10  # of the diffusion policy, for every action
-ACTION_GRADIENT_STEPS = 10  # uphill on Q, for every batch of actions the policy then imitates
 EVAL_EPISODES = 5
 
 
@@ -64,15 +63,7 @@ def main() -> None:
     eval_env.reset(seed=args.seed + 1)
     eval_env.action_space.seed(args.seed + 1)
 
-    model = DIPO(
-        "MlpPolicy",
-        env,
-        learning_starts=LEARNING_STARTS,
-        policy_kwargs=dict(num_train_timesteps=DENOISING_STEPS),
-        action_gradient_steps=ACTION_GRADIENT_STEPS,
-        seed=args.seed,
-        verbose=1,
-    )
+    model = DIPO("MlpPolicy", env, learning_starts=LEARNING_STARTS, seed=args.seed, verbose=1, **RECOMMENDED)
 
     print(f"Playing {EVAL_EPISODES} episodes of {args.env}, at random and untrained ...")
     at_random = random_return(eval_env, EVAL_EPISODES)

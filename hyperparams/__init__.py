@@ -1,1 +1,1 @@
-"""Hyper-parameters for the RL Zoo, installed as ``sb3_dipo.hyperparams``: find them with ``importlib.resources``."""
+"""Hyper-parameters for the RL Zoo, installed as ``sb3_dipo.hyperparams``: find the files with ``importlib.resources``."""

@@ -10,12 +10,14 @@ from sb3_dipo.critics import EnsembleCritic, QuantileCritic
 from sb3_dipo.dipo import DIPO
 from sb3_dipo.guard import NonFiniteLossError
 from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dipo.recommended import RECOMMENDED
 from sb3_dipo.samplers import Sampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DIPO",
+    "RECOMMENDED",
     "CnnPolicy",
     "DIPODictReplayBuffer",
     "DIPOHerReplayBuffer",

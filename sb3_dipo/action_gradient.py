@@ -1,6 +1,7 @@
 """The action gradient, equation (15): actions climb Q."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch as th
 
@@ -44,7 +45,8 @@ def improve_actions(
     max_norm = action_grad_norm_ratio * actions.shape[1]
     beta1, beta2 = ADAM_BETAS
     actions = actions.detach()
-    low, high = -1.0, 1.0
+    low: Any = -1.0
+    high: Any = 1.0
     if max_action_shift is not None:
         middle = (actions if actions_taken is None else actions_taken).detach()
         low, high = (middle - max_action_shift).clamp(min=-1), (middle + max_action_shift).clamp(max=1)

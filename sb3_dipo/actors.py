@@ -127,6 +127,17 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
+    def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
+        """
+        Several actions for each state that repeat exactly, for ``deterministic=True`` with ``num_candidates`` above 1. Only
+        actors whose :attr:`evaluation_sampler` leaves that number open have them.
+
+        :param features: of the states, each ``num_candidates`` times in a row, (batch_size * num_candidates, features_dim)
+        :param sampler: how to sample, though without noise
+        :return: actions in [-1, 1], (batch_size * num_candidates, action_dim)
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def loss(
         self,
@@ -164,7 +175,13 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         return data
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False, sampler: Sampler | None = None) -> th.Tensor:
-        """Actions in [-1, 1], (batch_size, action_dim), for observations, with a sampler or the actor's own."""
+        """
+        Actions in [-1, 1], (batch_size, action_dim), for observations.
+
+        :param obs: observations, batch_size first
+        :param deterministic: whether to draw nothing
+        :param sampler: how to sample: one of the policy's, which ``set_sampler`` changes; :attr:`sampler` where None
+        """
         features = self.extract_features(obs)
         return self.deterministic_action(features, sampler) if deterministic else self.sample(features, sampler=sampler)
 
@@ -263,14 +280,7 @@ class IterativeActor(GenerativeActor):
         return self.sample(features, initial_noise=latents, sampler=replace(sampler or self.sampler, noise_scale=0))
 
     def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
-        """
-        Several actions for each state that repeat exactly, for ``deterministic=True`` with ``num_candidates`` above 1: from
-        :attr:`latent`, and from others that are the same for every agent.
-
-        :param features: of the states, each ``num_candidates`` times in a row, (batch_size * num_candidates, features_dim)
-        :param sampler: how to sample, though without noise
-        :return: actions in [-1, 1], (batch_size * num_candidates, action_dim)
-        """
+        """From :attr:`latent`, and from others that are the same for every agent; see the contract."""
         shape = (sampler.num_candidates - 1, self.action_dim)
         generator = th.Generator(device="cpu").manual_seed(0)
         others = th.randn(shape, generator=generator, dtype=th.float32, device="cpu").to(self.latent)
@@ -346,9 +356,7 @@ class DiffusionActor(IterativeActor):
             sampler = replace(sampler, num_inference_steps=check_int("num_inference_steps", sampler.num_inference_steps, 1))
         sampler = replace(sampler, eta=check_float("eta", sampler.eta, maximum=1.0))
         if sampler.eta != 0 and sampler.solver != "ddim":
-            raise ValueError(
-                f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}."
-            )
+            raise ValueError(f"`eta` belongs to `solver='ddim'` and must be 0 with {sampler.solver!r}, not {sampler.eta}.")
         self.solver_table(sampler)  # the solver checks, too
         return sampler
 

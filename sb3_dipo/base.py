@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -26,7 +26,7 @@ from sb3_dipo.policies import ACCELERATIONS, DIPOPolicy
 
 SelfDIPO = TypeVar("SelfDIPO", bound="DIPOBase")
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
     "buffer_size": partial(check_int, minimum=1),
     "learning_starts": partial(check_int, minimum=0),
     "batch_size": partial(check_int, minimum=1),
@@ -59,6 +59,7 @@ class DIPOBase(OffPolicyAlgorithm):
     max_action_shift: float | None
     action_gradient_start: str
     qf_learning_rate: Any
+    _qf_lr_schedule: Schedule | None
     accelerate: str
     samplers: dict[str, dict[str, Any]] | None
 
@@ -66,14 +67,15 @@ class DIPOBase(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        # The class and the arguments that were given are kept, so that a saved model can be loaded with other `n_steps` or on
-        # another device. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to the arguments.
-        given = self.replay_buffer_class, self.replay_buffer_kwargs
+        # A class that was not given is chosen again where the model is loaded, perhaps on another device, and arguments are
+        # kept as they were given. SB3 would warn that `n_steps` is ignored with a class of one's own, and add to them.
+        given_class, given_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         super()._setup_model()
-        self.replay_buffer_class, self.replay_buffer_kwargs = given
+        self.replay_buffer_class = None if given_class is None else type(self.replay_buffer)
+        self.replay_buffer_kwargs = given_kwargs
 
         for use, settings in (self.samplers or {}).items():
             self.policy.set_sampler(use, **settings)
@@ -92,7 +94,7 @@ class DIPOBase(OffPolicyAlgorithm):
             try:
                 self._guard, self._graphs = fast.set_up(self.policy, accelerate)
             except fast.KernelError as error:
-                warnings.warn(f"`accelerate={accelerate!r}` runs as \"auto\" here: {error}.", stacklevel=4)
+                warnings.warn(f'`accelerate={accelerate!r}` runs as "auto" here: {error}.', stacklevel=4)
                 accelerate = "auto"
                 self._guard, self._graphs = fast.set_up(self.policy, accelerate)
         self.policy.set_accelerate(accelerate)
@@ -158,6 +160,15 @@ class DIPOBase(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------------------------------------- learning rates
 
+    @property
+    def qf_lr_schedule(self) -> Schedule:
+        """The critics' learning rate as a function of the remaining progress: the actor's, as it is now, unless it is set."""
+        return self._qf_lr_schedule or self.lr_schedule
+
+    @qf_lr_schedule.setter
+    def qf_lr_schedule(self, schedule: Schedule | None) -> None:
+        self._qf_lr_schedule = schedule
+
     def _setup_lr_schedule(self) -> None:
         for name, value in (("learning_rate", self.learning_rate), ("qf_learning_rate", self.qf_learning_rate)):
             if value is not None and not callable(value):
@@ -168,8 +179,7 @@ class DIPOBase(OffPolicyAlgorithm):
 
     def _learning_rates(self, progress_remaining: float) -> tuple[float, float]:
         learning_rate = check_float("learning_rate", self.lr_schedule(progress_remaining))
-        qf_lr_schedule = self.qf_lr_schedule or self.lr_schedule
-        return learning_rate, check_float("qf_learning_rate", qf_lr_schedule(progress_remaining))
+        return learning_rate, check_float("qf_learning_rate", self.qf_lr_schedule(progress_remaining))
 
     def _update_learning_rates(self, progress_remaining: float | None = None) -> None:
         if progress_remaining is None:
@@ -270,6 +280,7 @@ class DIPOBase(OffPolicyAlgorithm):
         current = self.replay_buffer
         try:
             super().load_replay_buffer(path, truncate_last_traj)
+            assert self.replay_buffer is not None
             loaded = with_improved_actions(self.replay_buffer)
             if self._graphs is not None and current is not None:
                 from sb3_dipo.fast import as_storage

@@ -1,48 +1,36 @@
 """
-Replay with two action columns: ``actions``, what the environment received, from which the critic learns, and
-``improved_actions``, which start as a copy of it, are moved uphill on Q by the action gradient, and are what the actor
-learns. ``actions`` is never changed after ``add()``.
+Replay with two action columns. ``actions`` holds what the environment received; the critic learns from it, and nothing
+changes it after ``add()``. ``improved_actions`` starts as a copy of it; the action gradient moves it uphill on Q, and the
+actor learns from it.
 """
 
-import math
-import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
+from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-# The arrays that SB3's buffers allocate at construction, one row per step; none is read before it was written
-STORAGE = (
-    "observations",
-    "next_observations",
-    "actions",
-    "rewards",
-    "dones",
-    "timeouts",
-    "infos",
-    "ep_start",
-    "ep_length",
+ONE_ROW_PER_STEP = (
+    *("observations", "next_observations", "actions", "rewards", "dones", "timeouts"),
+    *("infos", "ep_start", "ep_length"),  # of HER
+    "improved_actions",
 )
-
-NO_EPISODE_YET = (
-    "Unable to sample before the end of the first episode. We recommend choosing a value "
-    "for learning_starts that is greater than the maximum number of timesteps in the environment."
-)
+"""The arrays of which only the filled rows are saved. Whatever else a subclass holds is saved as it is."""
 
 
 class ImprovedSamples(NamedTuple):
     """
     A minibatch for the action gradient and the actor.
 
-    ``observations``: (batch_size, ...), or a dict of such; ``improved_actions``: in [-1, 1], (batch_size, action_dim);
-    ``rows`` and ``envs``: where each came from, (batch_size,), int64 arrays, or tensors where storage is on the device; a
-    row of -1 is not to be written back.
+    ``observations`` has shape (batch_size, ...), or is a dict of such tensors. ``actions``, those taken, and
+    ``improved_actions`` are float32, in [-1, 1], of shape (batch_size, action_dim). ``rows`` and ``envs``, (batch_size,),
+    int64, tell where each came from; they are arrays, or tensors where the storage is on the device. What has the row -1 is
+    not written back.
     """
 
     observations: th.Tensor | TensorDict
@@ -52,64 +40,46 @@ class ImprovedSamples(NamedTuple):
     envs: Any
 
 
-class ImprovedActionsMixin:
+class ImprovedActionsMixin(ReplayBuffer):
     """
-    Adds the column of improved actions to a replay buffer of SB3, and makes it allocate at the first ``add()``: an agent
-    that is only loaded to act needs no memory. A subclass of its own finds no arrays in ``__init__``.
+    Adds the column of improved actions to a replay buffer of SB3, and saves only the rows that are filled.
 
-    :param buffer_size: as SB3's class: transitions to hold, of all environments together
     :param args: as SB3's class
     :param kwargs: as SB3's class
     """
 
-    # SB3's attributes
-    pos: int
-    full: bool
-    buffer_size: int
-    n_envs: int
-    optimize_memory_usage: bool
-    actions: np.ndarray
     improved_actions: np.ndarray
 
-    def __init__(self, buffer_size: int, *args: Any, **kwargs: Any):
-        # SB3 allocates one row, which tells what the others will be
-        super().__init__(1, *args, **kwargs)  # type: ignore[call-arg]
-        self.buffer_size = max(buffer_size // self.n_envs, 1)
-        pending = {name: _describe(vars(self).pop(name), self.buffer_size) for name in STORAGE if name in vars(self)}
-        pending["improved_actions"] = (pending["actions"][0], np.dtype(np.float32))
-        if self._storage_device().type == "cpu":
-            _warn_if_memory_is_low(pending)
-        self._pending: dict[str, Any] | None = pending
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.improved_actions = np.zeros(self.actions.shape, dtype=np.float32)
 
     def add(self, *args: Any, **kwargs: Any) -> None:
-        """Store a transition of each environment, as SB3; its improved actions start as the actions taken."""
-        if self._pending is not None:
-            self._make_storage()
+        """Store a transition of each environment, as SB3 does; its improved actions start as the actions taken."""
         row = self.pos
-        super().add(*args, **kwargs)  # type: ignore[misc]
+        super().add(*args, **kwargs)
         self.improved_actions[row] = self.actions[row]
 
     def reset_improved(self) -> None:
-        """Forget all improvements: improved actions become a copy of the actions taken."""
-        if hasattr(self, "actions"):
-            self.improved_actions = self.actions.astype(np.float32)
+        """Forget all improvements: the improved actions become a copy of the actions taken."""
+        filled = slice(self.size())
+        self.improved_actions[filled] = self.actions[filled]
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
         """
         Draw a minibatch for the action gradient, independent of the critic's.
 
-        :param batch_size: number of rows to draw, with replacement
+        :param batch_size: number of transitions to draw, with replacement
         :param env: to normalise the observations with
-        :return: observations, improved actions, and the rows and environments that they came from
+        :return: observations, both kinds of actions, and the rows and environments that they came from
         """
         rows, envs = self._draw_places(batch_size)
-        return ImprovedSamples(
-            self._observations_at(rows, envs, env), self._to_torch(self.actions[rows, envs]), self._to_torch(self.improved_actions[rows, envs]), rows, envs
-        )
+        observations = _for_each_array(lambda values: values[rows, envs], self.observations)
+        return self._make_samples(observations, rows, envs, env)
 
     def update_improved(self, rows: np.ndarray, envs: np.ndarray, actions: th.Tensor | np.ndarray) -> None:
         """
-        Write improved actions back to where they came from; of a place that was drawn twice the last is kept.
+        Write improved actions back to where they came from. If a place was drawn twice, the last one is kept.
 
         :param rows: rows of the buffer, (batch_size,); those of -1 are skipped
         :param envs: environments, (batch_size,)
@@ -122,76 +92,66 @@ class ImprovedActionsMixin:
 
     def refresh_statistics(self, env: VecNormalize | None) -> None:
         """
-        Take the normalisation's statistics as they are now, for the minibatches to come. Here there is nothing to do:
-        minibatches are normalised on the host, with those of the moment.
+        Take over the normalisation's statistics for the minibatches to come. Here, where ``sample`` reads those of the
+        moment, there is nothing to do.
 
-        :param env: as :meth:`sample` is given
+        :param env: what ``sample`` is given
         """
-
-    def _storage_device(self) -> th.device:
-        """Whose memory holds the arrays."""
-        return th.device("cpu")
-
-    def _make_storage(self) -> None:
-        assert self._pending is not None
-        vars(self).update({name: _allocate(description) for name, description in self._pending.items()})
-        self._pending = None
 
     def _draw_places(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         if self.optimize_memory_usage and self.full:
             # row `pos` holds the next observation of the newest transition: SB3 leaves it out, too
             rows = (np.random.randint(1, self.buffer_size, size=batch_size) + self.pos) % self.buffer_size
         else:
-            rows = np.random.randint(0, self.buffer_size if self.full else self.pos, size=batch_size)
+            rows = np.random.randint(0, self.size(), size=batch_size)
         return rows, np.random.randint(0, self.n_envs, size=batch_size)
 
-    def _observations_at(self, rows: np.ndarray, envs: np.ndarray, env: VecNormalize | None) -> th.Tensor | TensorDict:
-        observations: Any = self.observations  # type: ignore[attr-defined]
-        if isinstance(observations, dict):
-            return self._to_torch_obs({key: values[rows, envs] for key, values in observations.items()}, env)
-        return self._to_torch_obs(observations[rows, envs], env)
-
-    def _to_torch_obs(self, observations: Any, env: VecNormalize | None) -> th.Tensor | TensorDict:
-        observations = self._normalize_obs(observations, env)  # type: ignore[attr-defined]
-        if isinstance(observations, dict):
-            return {key: self._to_torch(values) for key, values in observations.items()}
-        return self._to_torch(observations)
-
-    def _to_torch(self, array: np.ndarray) -> th.Tensor:
-        return self.to_torch(array)  # type: ignore[attr-defined]
-
-
-def _describe(value: Any, rows: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _describe(array, rows) for key, array in value.items()}
-    return (rows, *value.shape[1:]), value.dtype
-
-
-def _nbytes(description: Any) -> int:
-    if isinstance(description, dict):
-        return sum(map(_nbytes, description.values()))
-    shape, dtype = description
-    return math.prod(shape) * dtype.itemsize
-
-
-def _warn_if_memory_is_low(description: Any) -> None:
-    """SB3's warning, whose own sees one row."""
-    if sb3_buffers.psutil is None:
-        return
-    needed, available = _nbytes(description), sb3_buffers.psutil.virtual_memory().available
-    if needed > available:
-        warnings.warn(
-            "This system does not have apparently enough memory to store the complete "
-            f"replay buffer {needed / 1e9:.2f}GB > {available / 1e9:.2f}GB",
-            stacklevel=3,
+    def _make_samples(
+        self, observations: Any, rows: np.ndarray, envs: np.ndarray, env: VecNormalize | None
+    ) -> ImprovedSamples:
+        return ImprovedSamples(
+            _for_each_array(self.to_torch, self._normalize_obs(observations, env)),
+            self.to_torch(self.actions[rows, envs].astype(np.float32)),
+            self.to_torch(self.improved_actions[rows, envs]),
+            rows,
+            envs,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: Any = super().__getstate__()
+        # with `optimize_memory_usage`, row `pos` holds the next observation of the newest transition
+        n_rows = min(self.size() + self.optimize_memory_usage, self.buffer_size)
+        columns = {name: state[name] for name in ONE_ROW_PER_STEP if name in state}
+        return {**state, **{name: _for_each_array(lambda array: array[:n_rows], columns[name]) for name in columns}}
 
-def _allocate(description: Any) -> Any:
-    if isinstance(description, dict):
-        return {key: _allocate(inner) for key, inner in description.items()}
-    shape, dtype = description
-    return np.zeros(shape, dtype)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name, description in (state.pop("_pending", None) or {}).items():
+            # Version 0.1.0 saved of an empty buffer only the shape and dtype of each array.
+            state[name] = _for_each_array(lambda shape_and_dtype: np.zeros(*shape_and_dtype)[:0], description)
+        for name in ONE_ROW_PER_STEP:
+            if name in state:
+                state[name] = _for_each_array(lambda array: _with_rows(array, state["buffer_size"]), state[name])
+        if hasattr(super(), "__setstate__"):
+            super().__setstate__(state)  # type: ignore[misc]
+        else:
+            vars(self).update(state)
+
+
+def _for_each_array(function: Callable[[Any], Any], values: Any) -> Any:
+    """What the function makes of an array, or of each array of a dict."""
+    return {key: function(value) for key, value in values.items()} if isinstance(values, dict) else function(values)
+
+
+def _with_rows(array: np.ndarray, n_rows: int) -> np.ndarray:
+    """The array, with empty rows after its own so that it has ``n_rows``."""
+    if len(array) == n_rows:
+        return array
+    extended = np.zeros((n_rows, *array.shape[1:]), dtype=array.dtype)
+    extended[: len(array)] = array
+    if array.dtype == object:  # HER's infos, which are empty dicts where no transition is stored
+        extended[len(array) :] = [[{} for _ in range(array.shape[1])] for _ in range(n_rows - len(array))]
+    return extended
 
 
 class DIPOReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
@@ -236,42 +196,36 @@ class DIPOHerReplayBuffer(ImprovedActionsMixin, HerReplayBuffer):
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
         """
-        As :meth:`ImprovedActionsMixin.sample_improved`, with SB3's share of relabelled transitions, whose row is -1.
+        As :meth:`ImprovedActionsMixin.sample_improved`, with SB3's share of relabelled transitions, whose row is -1 and
+        whose improved actions are the actions taken.
 
         :raises RuntimeError: before the end of the first episode, as SB3
         """
         rows, envs = self._draw_places(batch_size)
-        relabelled = np.arange(batch_size) < int(self.her_ratio * batch_size)
         observations = {key: values[rows, envs] for key, values in self.observations.items()}
-        if relabelled.any():
-            observations["desired_goal"][relabelled] = self._sample_goals(rows[relabelled], envs[relabelled])
-        start = np.where(relabelled[:, None], self.actions[rows, envs], self.improved_actions[rows, envs])
-        return ImprovedSamples(
-            self._to_torch_obs(observations, env), self._to_torch(self.actions[rows, envs]), self._to_torch(start), np.where(relabelled, -1, rows), envs
-        )
-
-    def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
-        """As SB3's."""
-        if self._pending is not None:
-            raise RuntimeError(NO_EPISODE_YET)
-        return super().sample(batch_size, env)
+        n_relabelled = int(self.her_ratio * batch_size)
+        if n_relabelled:
+            observations["desired_goal"][:n_relabelled] = self._sample_goals(rows[:n_relabelled], envs[:n_relabelled])
+        samples = self._make_samples(observations, rows, envs, env)
+        samples.improved_actions[:n_relabelled] = samples.actions[:n_relabelled]
+        return samples._replace(rows=np.where(np.arange(batch_size) < n_relabelled, -1, rows))
 
     def _draw_places(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         # only whole episodes can be relabelled
-        finished = np.flatnonzero(self.ep_length > 0) if self._pending is None else np.empty(0)
+        finished = np.flatnonzero(self.ep_length > 0)
         if len(finished) == 0:
-            raise RuntimeError(NO_EPISODE_YET)
+            super().sample(batch_size)  # which raises SB3's own error
         rows, envs = np.unravel_index(np.random.choice(finished, size=batch_size), self.ep_length.shape)
         return rows, envs
 
 
-IMPROVED: dict[type[ReplayBuffer], type[ReplayBuffer]] = {
+IMPROVED: dict[type[ReplayBuffer], type[ImprovedActionsMixin]] = {
     ReplayBuffer: DIPOReplayBuffer,
     DictReplayBuffer: DIPODictReplayBuffer,
     NStepReplayBuffer: DIPONStepReplayBuffer,
     HerReplayBuffer: DIPOHerReplayBuffer,
 }
-"""SB3's replay buffers and those with improved actions that take their place."""
+"""SB3's replay buffers, and those with improved actions that take their place."""
 
 
 def resolve_replay_buffer(
@@ -280,7 +234,7 @@ def resolve_replay_buffer(
     observation_space: spaces.Space,
     n_steps: int,
     gamma: float,
-) -> tuple[type[ReplayBuffer], dict[str, Any]]:
+) -> tuple[type[ImprovedActionsMixin], dict[str, Any]]:
     """
     Which replay buffer DIPO uses, and with which arguments.
 
@@ -315,9 +269,10 @@ def resolve_replay_buffer(
     return replay_buffer_class, replay_buffer_kwargs
 
 
-def with_improved_actions(replay_buffer: ReplayBuffer) -> ReplayBuffer:
+def with_improved_actions(replay_buffer: ReplayBuffer) -> ImprovedActionsMixin:
     """
-    A loaded replay buffer as DIPO needs it; one saved by another algorithm gets its improved actions from its actions.
+    A replay buffer as DIPO needs it. One of SB3 is converted: the result shares its arrays, and its improved actions are a
+    copy of its actions. One of ours is returned as it is.
 
     :param replay_buffer: a buffer of SB3 or of ours
     :return: the same data in a class with improved actions
@@ -327,11 +282,12 @@ def with_improved_actions(replay_buffer: ReplayBuffer) -> ReplayBuffer:
         return replay_buffer
     if type(replay_buffer) not in IMPROVED:
         raise ValueError(
-            f"A {type(replay_buffer).__name__} stores no improved actions and cannot be converted: the file must hold one of "
-            f"{', '.join(buffer.__name__ for buffer in IMPROVED)}, or a buffer saved by DIPO."
+            f"A {type(replay_buffer).__name__} stores no improved actions and cannot be converted: it must be one of "
+            f"{', '.join(buffer.__name__ for buffer in IMPROVED)}, or a buffer of DIPO."
         )
     improved_class = IMPROVED[type(replay_buffer)]
-    converted = improved_class.__new__(improved_class)
-    converted.__dict__.update(replay_buffer.__dict__, _pending=None)
-    converted.reset_improved()  # type: ignore[attr-defined]
+    converted: Any = improved_class.__new__(improved_class)
+    vars(converted).update(vars(replay_buffer))
+    converted.improved_actions = np.zeros(converted.actions.shape, dtype=np.float32)
+    converted.reset_improved()
     return converted

@@ -198,7 +198,9 @@ class QuantileCritic(Critic):
         self.n_quantiles = check_int("n_quantiles", n_quantiles, 1)
         dropped = check_int("top_quantiles_to_drop_per_net", top_quantiles_to_drop_per_net, 0)
         if dropped >= self.n_quantiles:
-            raise ValueError(f"`top_quantiles_to_drop_per_net` must be less than `n_quantiles` = {n_quantiles}, not {dropped}.")
+            raise ValueError(
+                f"`top_quantiles_to_drop_per_net` must be less than `n_quantiles` = {n_quantiles}, not {dropped}."
+            )
         self.top_quantiles_to_drop_per_net = dropped
         self.layer_norm = check_bool("layer_norm", layer_norm)
         self.q_networks = self._make_q_networks(self.n_critics, self.n_quantiles, self.layer_norm)

@@ -168,6 +168,7 @@ class DIPO(DIPOBase):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
+        assert self.replay_buffer is not None
         self.replay_buffer = replay_buffer = with_improved_actions(self.replay_buffer)
         replay_buffer.refresh_statistics(self._vec_normalize_env)
         self._guard.begin()
@@ -238,9 +239,7 @@ class DIPO(DIPOBase):
                 return self.policy.act(batch.observations, "behaviour")
         return batch.improved_actions if self.persist_improved_actions else batch.actions
 
-    def _improve(
-        self, objective: Callable[[th.Tensor], th.Tensor], start: th.Tensor, actions_taken: th.Tensor
-    ) -> th.Tensor:
+    def _improve(self, objective: Callable[[th.Tensor], th.Tensor], start: th.Tensor, actions_taken: th.Tensor) -> th.Tensor:
         """Improved actions, (batch_size, action_dim), from where the climb of the objective begins and the actions taken."""
         return improve_actions(
             objective,

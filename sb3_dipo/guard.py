@@ -65,6 +65,6 @@ class Guard:
 def non_finite(name: str, numbers: str = "") -> NonFiniteLossError:
     """The error for a loss of a name."""
     return NonFiniteLossError(
-        f"`{name}` or its gradient is not finite{numbers}. Neither this step nor any after it was taken; those before it stay. "
-        "Look for observations or rewards that are not finite, or lower the learning rates."
+        f"`{name}` or its gradient is not finite{numbers}. Neither this step nor any after it was taken; those before it "
+        "stay. Look for observations or rewards that are not finite, or lower the learning rates."
     )

@@ -79,10 +79,12 @@ class Ops:
         :param clip_sample: whether to clip the predicted clean actions to [-1, 1] at every step
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        timesteps = table.timesteps_on(features.device, features.dtype)
 
         def predict_noise(noisy_actions: th.Tensor, step: int) -> th.Tensor:
-            return network(noisy_actions, timesteps[step].expand(features.shape[0]), features)
+            timestep = table.timesteps[step]
+            dtype = th.int64 if isinstance(timestep, int) else features.dtype
+            timesteps = features.new_full((features.shape[0],), timestep, dtype=dtype)
+            return network(noisy_actions, timesteps, features)
 
         return sample(table, predict_noise, initial_noise, noise, clip_sample)
 

@@ -21,7 +21,7 @@ from sb3_dipo.actors import ACTORS, GenerativeActor
 from sb3_dipo.checks import check_choice, check_int
 from sb3_dipo.critics import CRITICS, Critic
 from sb3_dipo.networks import PLAIN, UsesOps
-from sb3_dipo.samplers import SAMPLER_USES, Sampler
+from sb3_dipo.samplers import SAMPLER_USES
 
 ACCELERATIONS = ("auto", "cudagraphs", "compile", "off")
 INFERENCE_DTYPES = ("float32", "bfloat16")
@@ -310,7 +310,9 @@ class DIPOPolicy(BasePolicy):
 def _find_class(name: str, value: Any, base: type[Any], known: dict[str, Any]) -> Any:
     if isinstance(value, type):
         if not issubclass(value, base):
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))} or a subclass of {base.__name__}, not {value}.")
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(map(repr, known))} or a subclass of {base.__name__}, not {value}."
+            )
         return value
     return known[check_choice(name, value, known)]
 
@@ -322,53 +324,23 @@ class CnnPolicy(DIPOPolicy):
     """
     :class:`DIPOPolicy` for images.
 
-    :param observation_space: observation space
-    :param action_space: action space, a bounded Box
-    :param lr_schedule: learning rate as a function of the remaining progress, from 1 to 0
-    :param net_arch: as :class:`DIPOPolicy`
-    :param activation_fn: as :class:`DIPOPolicy`
+    :param args: as :class:`DIPOPolicy`
     :param features_extractor_class: features extractor to use
-    :param kwargs: the others of :class:`DIPOPolicy`
+    :param kwargs: as :class:`DIPOPolicy`
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
-        )
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any):
+        super().__init__(*args, **{"features_extractor_class": features_extractor_class, **kwargs})
 
 
 class MultiInputPolicy(DIPOPolicy):
     """
     :class:`DIPOPolicy` for Dict observations.
 
-    :param observation_space: observation space
-    :param action_space: action space, a bounded Box
-    :param lr_schedule: learning rate as a function of the remaining progress, from 1 to 0
-    :param net_arch: as :class:`DIPOPolicy`
-    :param activation_fn: as :class:`DIPOPolicy`
+    :param args: as :class:`DIPOPolicy`
     :param features_extractor_class: features extractor to use
-    :param kwargs: the others of :class:`DIPOPolicy`
+    :param kwargs: as :class:`DIPOPolicy`
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            observation_space, action_space, lr_schedule, net_arch, activation_fn, features_extractor_class, **kwargs
-        )
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any):
+        super().__init__(*args, **{"features_extractor_class": features_extractor_class, **kwargs})

@@ -83,22 +83,16 @@ def make_model(env: VecEnv, **kwargs: Any) -> DIPO:
     return DIPO("MlpPolicy", env, **settings)
 
 
-def fingerprint(model: DIPO) -> dict[str, str]:
+def fingerprint(model: Any) -> dict[str, str]:
     """Hashes of all that learns and of all that decides what happens next."""
-    buffer: Any = model.replay_buffer
-    optimizers = [model.actor.optimizer.state_dict(), model.critic.optimizer.state_dict()]
+    buffer: Any = getattr(model, "replay_buffer", None)
+    parameters = model.get_parameters()
+    columns = ("actions", "improved_actions", "rewards", "dones", "timeouts", "observations")
     parts: dict[str, list[Any]] = {
-        "weights": list(model.policy.state_dict().values()),
-        "optimizers": [value for state in optimizers for each in state["state"].values() for value in each.values()],
-        "buffer": [
-            buffer.actions,
-            buffer.improved_actions,
-            buffer.rewards,
-            buffer.dones,
-            buffer.timeouts,
-            buffer.observations,
-        ],
-        "counters": [model.num_timesteps, model._n_updates, model._episode_num, buffer.pos, buffer.full],
+        "weights": _values({name: value for name, value in parameters.items() if "optimizer" not in name}),
+        "optimizers": _values({name: value["state"] for name, value in parameters.items() if "optimizer" in name}),
+        "buffer": [value for name in columns for value in _values(getattr(buffer, name, None))],
+        "counters": [model.num_timesteps, model._n_updates, model._episode_num, buffer and (buffer.pos, buffer.full)],
         "random": [th.get_rng_state(), np.random.get_state()[1], model.action_space.np_random.bit_generator.state],  # type: ignore[index]
     }
     vec_normalize = model.get_vec_normalize_env()
@@ -109,6 +103,10 @@ def fingerprint(model: DIPO) -> dict[str, str]:
     return {
         name: hashlib.sha256(b"".join(_bytes(value) for value in values)).hexdigest()[:16] for name, values in parts.items()
     }
+
+
+def _values(nested: Any) -> list[Any]:
+    return [inner for value in nested.values() for inner in _values(value)] if isinstance(nested, dict) else [nested]
 
 
 def _bytes(value: Any) -> bytes:

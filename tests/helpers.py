@@ -1,11 +1,7 @@
-"""What several tests use: scripts that are started, and an agent on made-up data, with every random draw given."""
+"""What several tests use: an agent on made-up data, with every random draw given."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -19,24 +15,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_dipo import DIPO, DIPOReplayBuffer
 from sb3_dipo.buffers import ImprovedSamples
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 MODES = ("off", "auto", "compile")
 """Values of ``accelerate`` that compute differently on a CPU."""
-
-
-def start_example(script: str, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    """Start a script of ``examples/``, on one thread."""
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    pipe: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipe)
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    """Wait until it has ended well, and return what it printed."""
-    out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
-    assert "Warning" not in error
-    return out
 
 
 class RandomEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -70,7 +50,8 @@ class GivenRowsBuffer(DIPOReplayBuffer):
         rows = self.actor_rows.pop(0)
         envs = np.zeros_like(rows)
         arrays = (self.observations, self.actions, self.improved_actions)
-        return ImprovedSamples(*(self.to_torch(array[rows, envs]) for array in arrays), rows, envs)
+        observations, actions, improved_actions = (self.to_torch(array[rows, envs]) for array in arrays)
+        return ImprovedSamples(observations, actions, improved_actions, rows, envs)
 
 
 def make_agent(obs_dim: int, action_dim: int, n_envs: int = 1, **kwargs: Any) -> DIPO:

@@ -15,13 +15,13 @@ import pytest
 import torch as th
 from envs import TinyEnv, differences, everything_learned, small_dipo
 from helpers import fill, make_agent
+from sb3_dipo.accelerate import CudaGraphs, map_tensors, move_towards, prepare_optimizer, set_learning_rate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sb3_dipo.guard
 import sb3_dipo.networks
 from sb3_dipo import DIPO, DIPODeviceReplayBuffer
-from sb3_dipo.accelerate import CudaGraphs, map_tensors, move_towards, prepare_optimizer, set_learning_rate
 from sb3_dipo.arithmetic import PLAIN, choose_arithmetic
 
 READS = (th.ops.aten._local_scalar_dense.default, th.ops.aten.nonzero.default, th.ops.aten.is_nonzero.default)

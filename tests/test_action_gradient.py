@@ -8,8 +8,7 @@ import pytest
 import torch as th
 from envs import small_dipo
 
-from sb3_dipo import improve_actions
-from sb3_dipo.networks import CriticEnsemble
+from sb3_dipo import EnsembleCritic, improve_actions
 
 QFunction = Callable[[th.Tensor], th.Tensor]
 
@@ -36,10 +35,17 @@ def random_actions(batch_size: int = 16, action_dim: int = 3, seed: int = 0) -> 
     return th.rand((batch_size, action_dim), generator=th.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.fixture
-def critic() -> CriticEnsemble:
+def smallest_q(critic: EnsembleCritic, observations: th.Tensor) -> QFunction:
+    """min_i Q_i(s, .) by autograd alone."""
+    return lambda actions: th.cat(critic(observations, actions), dim=1).min(dim=1, keepdim=True)[0]
+
+
+@pytest.fixture(params=["off", "auto", "compile"])
+def critic(request: pytest.FixtureRequest) -> EnsembleCritic:
     # two dimensions of action, three of observation
-    return small_dipo(seed=3).critic
+    critic = small_dipo(seed=3, accelerate=request.param).critic
+    assert isinstance(critic, EnsembleCritic)
+    return critic
 
 
 @pytest.fixture
@@ -58,20 +64,21 @@ def test_equals_torch_adam_on_a_quadratic(lr: float, steps: int, ratio: float) -
 
 
 @pytest.mark.parametrize("ratio", [1e-4, 0.1, math.inf])
-def test_equals_torch_adam_on_a_critic(critic: CriticEnsemble, observations: th.Tensor, ratio: float) -> None:
+def test_equals_torch_adam_on_a_critic(critic: EnsembleCritic, observations: th.Tensor, ratio: float) -> None:
     reference, actions = copy.deepcopy(critic), random_actions(16, 2)
-    expected = naive_improve(lambda a: reference.min_q(observations, a), actions, 0.03, 20, ratio)
-    improved = improve_actions(critic.bind(observations), actions, 0.03, 20, ratio)
+    expected = naive_improve(smallest_q(reference, observations), actions, 0.03, 20, ratio)
+    improved = improve_actions(critic.objective(observations), actions, 0.03, 20, ratio)
     th.testing.assert_close(improved, expected, rtol=0, atol=5e-6)
     assert (improved - actions).abs().max() > 0.1
 
 
-def test_climbs_the_minimum_of_the_critics(critic: CriticEnsemble, observations: th.Tensor) -> None:
+def test_climbs_the_minimum_of_the_critics(critic: EnsembleCritic, observations: th.Tensor) -> None:
     actions = random_actions(16, 2)
-    improved = improve_actions(critic.bind(observations), actions, action_gradient_steps=5)
+    improved = improve_actions(critic.objective(observations), actions, action_gradient_steps=5)
     with th.no_grad():
-        before, after = critic.min_q(observations, actions), critic.min_q(observations, improved)
-        th.testing.assert_close(critic.bind(observations)(actions), before, rtol=1e-5, atol=1e-6)
+        before, after = critic.next_value(observations, actions), critic.next_value(observations, improved)
+        th.testing.assert_close(smallest_q(critic, observations)(actions), before, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(critic.objective(observations)(actions), before, rtol=1e-5, atol=1e-6)
     assert (after > before).all()
 
 
@@ -114,17 +121,17 @@ def test_norm_is_clipped_over_the_whole_batch() -> None:
     )
 
 
-def test_gradients_of_the_critic_are_left_alone(critic: CriticEnsemble, observations: th.Tensor) -> None:
+def test_gradients_of_the_critic_are_left_alone(critic: EnsembleCritic, observations: th.Tensor) -> None:
     actions = random_actions(16, 2)
-    improve_actions(lambda a: critic.min_q(observations, a), actions)
-    improve_actions(critic.bind(observations), actions)
+    improve_actions(smallest_q(critic, observations), actions)
+    improve_actions(critic.objective(observations), actions)
     assert all(parameter.grad is None for parameter in critic.parameters())
 
     for parameter in critic.parameters():
         parameter.grad = th.randn_like(parameter)
     before = [parameter.grad.clone() for parameter in critic.parameters() if parameter.grad is not None]
-    improve_actions(lambda a: critic.min_q(observations, a), actions)
-    improve_actions(critic.bind(observations), actions)
+    improve_actions(smallest_q(critic, observations), actions)
+    improve_actions(critic.objective(observations), actions)
     after = [parameter.grad for parameter in critic.parameters() if parameter.grad is not None]
     assert all(th.equal(old, new) for old, new in zip(before, after, strict=True))
     assert all(parameter.requires_grad for parameter in critic.parameters())

@@ -10,7 +10,7 @@ from envs import TinyEnv, small_dipo
 from gymnasium import spaces
 from stable_baselines3 import SAC
 
-from sb3_dipo import DIPO, improve_actions
+from sb3_dipo import DIPO, DiffusionActor, EnsembleCritic, MLPActor, improve_actions
 from sb3_dipo.diffusion import make_schedule, time_grid
 
 NAN, INF = math.nan, math.inf
@@ -39,7 +39,10 @@ ARGUMENTS: list[tuple[str, Any]] = [
 ]
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    *[("actor", {"actor": value}) for value in ("gan", "Diffusion", None, 1)],
+    *[("actor", {"actor": value}) for value in ("gan", "Diffusion", None, 1, EnsembleCritic)],
+    *[("critic", {"critic": value}) for value in ("quantiles", "Ensemble", None, 1, MLPActor)],
+    *[("inference_dtype", {"inference_dtype": value}) for value in ("float16", th.bfloat16, None)],
+    *[("net_arch", {"net_arch": value}) for value in ([0], [8, -1], [2.5], {"pi": [8], "qf": [None]})],
     *[("n_critics", {"n_critics": value}) for value in (0, -1, 1.5, NAN, None)],
     *[("num_train_timesteps", {"num_train_timesteps": value}) for value in (0, -5, 2.5, NAN, INF, None, "5", True)],
     *[("beta_schedule", {"beta_schedule": value}) for value in ("squaredcos", "Cosine", None, 1)],
@@ -91,6 +94,10 @@ def test_policy_options(name: str, policy_kwargs: dict[str, Any]) -> None:
         ("solver", {"solver": "euler"}, ["'ddpm'", "'ddim'", "'dpmpp_2m'", "'exponential_integrator'", "not 'euler'"]),
         ("beta_schedule", {"beta_schedule": "x"}, ["'cosine'", "'vp'", "'linear'", "'ou'", "not 'x'"]),
         ("actor", {"actor": "gan"}, ["'diffusion'", "'vae'", "'mlp'", "not 'gan'"]),
+        ("actor", {"actor": dict}, ["'diffusion'", "'vae'", "'mlp'", "subclass of GenerativeActor", "not <class 'dict'>"]),
+        ("critic", {"critic": "x"}, ["'ensemble'", "not 'x'"]),
+        ("critic", {"critic": dict}, ["'ensemble'", "subclass of Critic", "not <class 'dict'>"]),
+        ("inference_dtype", {"inference_dtype": "float16"}, ["'float32'", "'bfloat16'", "not 'float16'"]),
         ("eta", {"solver": "ddim", "eta": 2}, ["at least 0 and at most 1", "not 2"]),
         ("latent_dim", {"latent_dim": 4}, ["actor='vae'", "actor='diffusion'", "num_train_timesteps"]),
         ("num_inference_steps", {"num_train_timesteps": 5, "num_inference_steps": 6}, ["between 1", "5", "not 6"]),
@@ -170,6 +177,8 @@ def test_number_of_steps_to_learn(total_timesteps: Any) -> None:
         {"policy_kwargs": {"actor": "vae", "kl_weight": 0, "latent_dim": 1}},
         {"policy_kwargs": {"actor": "mlp", "noise_std": 0}},
         {"policy_kwargs": {"n_critics": 1}},
+        {"policy_kwargs": {"actor": DiffusionActor, "critic": EnsembleCritic, "num_train_timesteps": 5}},
+        *[{"policy_kwargs": {"actor": actor, "inference_dtype": "bfloat16"}} for actor in ("diffusion", "vae", "mlp")],
     ],
     ids=lambda kwargs: " ".join(f"{name}={short(value)}" for name, value in kwargs.items()),
 )

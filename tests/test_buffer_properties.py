@@ -104,6 +104,7 @@ class Model:
             assert batch.rows[i] == (-1 if relabelled[i] else row)
             stored = self.actions if relabelled[i] else self.improved
             np.testing.assert_array_equal(batch.improved_actions[i], stored[row, envs[i]])
+            np.testing.assert_array_equal(batch.actions[i], self.actions[row, envs[i]])
         of_critic = self.buffer.sample(size)
         for number, env, action in zip(*self.places(of_critic.observations), of_critic.actions, strict=True):
             np.testing.assert_array_equal(action, self.actions[number % self.rows, env])
@@ -142,9 +143,8 @@ def test_any_sequence(kind: str, operations: list[Any], rows: int, n_envs: int) 
         if operation == "add":
             model.add(content, flag)
         elif operation == "copy":
-            env, model.buffer.env = getattr(model.buffer, "env", None), None  # as SB3 does when it saves
             model.buffer = pickle.loads(pickle.dumps(model.buffer)) if flag else deepcopy(model.buffer)
-            model.buffer.env = env
+            model.buffer.env = model.env  # HER drops it
         elif operation == "sample" and model.can_sample():
             model.sample(content)
         elif operation == "improve" and model.can_sample():

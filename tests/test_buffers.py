@@ -22,7 +22,6 @@ from stable_baselines3.common.buffers import (
     ReplayBuffer,
     RolloutBuffer,
 )
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
@@ -302,9 +301,7 @@ def test_persistence_is_switched_on_a_running_agent(
     assert buffer.improved_actions.tobytes() != improved.tobytes()
 
 
-def test_without_persistence_loaded_improvements_are_not_used(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_persistence_loaded_improvements_are_not_used(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     improving = small_dipo()
     improving.learn(40)
     improving.save_replay_buffer(tmp_path / "buffer.pkl")
@@ -464,6 +461,8 @@ def same_state(first: Any, second: Any) -> bool:
     def same(one: Any, other: Any) -> bool:
         if isinstance(one, dict):
             return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        if isinstance(one, np.ndarray) and one.dtype == object:
+            return one.shape == other.shape and all(map(same, one.flat, other.flat))
         if isinstance(one, np.ndarray):
             return one.dtype == other.dtype and np.array_equal(one, other)
         return bool(one == other)
@@ -477,9 +476,7 @@ def pickled(buffer: Any) -> Any:
 
 @pytest.mark.parametrize("copied", [pickled, deepcopy])
 @pytest.mark.parametrize("transitions", [0, 3, 5, 6, 8])
-@pytest.mark.parametrize(
-    "buffer_class, kwargs", [*[(each, {}) for each in CLASSES], (DIPOReplayBuffer, OPTIMIZED)], ids=lambda x: str(x)[-30:]
-)
+@pytest.mark.parametrize("buffer_class, kwargs", [*[(each, {}) for each in CLASSES], (DIPOReplayBuffer, OPTIMIZED)])
 def test_copies(buffer_class: type[Any], kwargs: dict[str, Any], transitions: int, copied: Any) -> None:
     buffer = make(buffer_class, 6, 2, **kwargs)
     fill(buffer, transitions)
@@ -496,8 +493,8 @@ def test_copies(buffer_class: type[Any], kwargs: dict[str, Any], transitions: in
     drawn = []
     for each in (buffer, copy):
         np.random.seed(0)
-        drawn.append((places(each.sample(50)), places(each.sample_improved(50))))
-    np.testing.assert_array_equal(*drawn)
+        drawn.append(np.stack([places(each.sample(50)), places(each.sample_improved(50))]))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("copied", [pickled, deepcopy])
@@ -579,7 +576,7 @@ def test_a_file_of_the_old_version() -> None:
 
 def test_an_empty_file_of_the_old_version() -> None:
     """It holds no arrays, which that version allocated at the first transition."""
-    vec_env = make_vec_env(lambda: BitFlippingEnv(n_bits=4, continuous=True), n_envs=2)
+    vec_env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True)] * 2)
     buffer = load_from_pkl(OLD_FILES / "empty_her_replay_buffer.pkl")
     buffer.set_env(vec_env)
     assert same_state(buffer, her_buffer(vec_env, 10, copy_info_dict=True))
@@ -865,13 +862,13 @@ def test_buffer_saved_by_sac(
 def test_a_buffer_of_sb3_that_is_put_into_an_agent(
     make_env: Any, policy: str, sb3_class: type[Any], kwargs: dict[str, Any]
 ) -> None:
-    model = small_dipo(make_env(), policy, **kwargs)
+    model: Any = small_dipo(make_env(), policy, **kwargs)
     expected_class = type(model.replay_buffer)
     of_her = {"env": model.env} if sb3_class is HerReplayBuffer else {}
     buffer = sb3_class(100, model.observation_space, model.action_space, n_envs=2, device="cpu", **of_her)
     model.replay_buffer = buffer
     model.learn(60)
-    ours: Any = model.replay_buffer
+    ours = model.replay_buffer
     assert type(ours) is expected_class and ours.actions is buffer.actions and ours.rewards is buffer.rewards
     assert (ours.improved_actions != ours.actions).any()
 

@@ -1,6 +1,7 @@
 """Training goes on from a checkpoint as if it had never stopped, and no failure costs a checkpoint that was whole."""
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -10,20 +11,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from checkpoint_run import WalkEnv, WalkWithoutState, fingerprint, make_env, make_model
 from envs import goal_envs, small_dipo
 from gymnasium.wrappers import TimeLimit
+from sb3_contrib import TQC, CrossQ, RecurrentPPO
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_dipo import DIPO, ExactCheckpointCallback, load_checkpoint, save_checkpoint
+from sb3_dipo import DIPO, ExactCheckpointCallback, checkpoint_folder, load_checkpoint, save_checkpoint
 
 RUN = Path(__file__).parent / "checkpoint_run.py"
 STEPS = 60
@@ -145,6 +157,48 @@ def test_statistics_of_episodes_go_on(tmp_path: Path) -> None:
     assert episodes(resumed) == episodes(model) and len(episodes(model)) > 3
 
 
+OTHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "SAC": (SAC, {}),
+    "SAC, gSDE": (SAC, {"use_sde": True, "use_sde_at_warmup": True}),
+    "SAC, gSDE at intervals": (SAC, {"use_sde": True, "sde_sample_freq": 3, "train_freq": 4}),
+    "SAC, memory": (SAC, {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}),
+    "SAC, n-step returns": (SAC, {"n_steps": 3}),
+    "TD3, noise with a state": (TD3, {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(2), np.full(2, 0.3))}),
+    "TQC, gSDE": (TQC, {"use_sde": True}),
+    "CrossQ": (CrossQ, {}),
+    "PPO": (PPO, {"n_steps": 8}),
+    "PPO, gSDE": (PPO, {"n_steps": 8, "use_sde": True}),
+    "PPO, recurrent": (RecurrentPPO, {"n_steps": 8, "policy_kwargs": {"net_arch": [8], "lstm_hidden_size": 4}}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*mini-batch size:UserWarning")
+@pytest.mark.filterwarnings("ignore:`n_steps=3` is ignored:UserWarning")  # SB3's own load
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_algorithms_go_on(name: str, n_envs: int, tmp_path: Path) -> None:
+    algorithm, own = OTHERS[name]
+    policy = "MlpLstmPolicy" if algorithm is RecurrentPPO else "MlpPolicy"
+    settings: dict[str, Any] = {
+        "learning_rate": lambda remaining: 1e-2 * remaining,
+        "batch_size": 8,
+        "policy_kwargs": {"net_arch": [8]},
+        "seed": 5,
+        "device": "cpu",
+    }
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        settings |= {"learning_starts": 12, "buffer_size": 100, "train_freq": 2}
+    model = algorithm(policy, make_env(n_envs=n_envs), **settings | deepcopy(own))
+    model.learn(64, callback=ExactCheckpointCallback(16, tmp_path, keep=100))
+    checkpoints = sorted(tmp_path.iterdir())
+    assert len(checkpoints) == 4
+    for checkpoint in checkpoints:
+        resumed = load_checkpoint(checkpoint, make_env(n_envs=n_envs), algorithm)
+        resumed.learn(64 - resumed.num_timesteps, reset_num_timesteps=False)
+        assert fingerprint(resumed) == fingerprint(model), checkpoint
+        assert type(getattr(resumed, "replay_buffer", None)) is type(getattr(model, "replay_buffer", None))
+
+
 # ------------------------------------------------------------------------------------------------- other environments
 
 
@@ -239,6 +293,262 @@ def test_callback_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"Saved {tmp_path / 'checkpoint_000001'} after 16 steps\n"
 
 
+def evaluation(**kwargs: Any) -> CallbackList:
+    """Evaluates after 10, 20, ... steps of one environment, and takes each result for a new best."""
+    callback = EvalCallback(DummyVecEnv([lambda: Monitor(TimeLimit(WalkEnv(), 2))]), eval_freq=10, verbose=0, **kwargs)
+
+    def forget(*_: Any) -> bool:
+        callback.best_mean_reward = -np.inf
+        return True
+
+    return CallbackList([callback, ConvertCallback(forget)])
+
+
+EVENTS: dict[str, tuple[Callable[[BaseCallback], BaseCallback], list[int]]] = {
+    "every": (lambda saves: EveryNTimesteps(20, saves), [20, 40]),
+    "every, in a list": (lambda saves: CallbackList([EveryNTimesteps(20, CallbackList([saves]))]), [20, 40]),
+    "every, twice": (lambda saves: EveryNTimesteps(10, EveryNTimesteps(20, saves)), [20, 40]),
+    "after an evaluation": (lambda saves: evaluation(callback_after_eval=saves), [10, 20, 30, 40, 50]),
+    "new best": (lambda saves: evaluation(callback_on_new_best=saves), [10, 20, 30, 40, 50]),
+    "new best, in a list": (lambda saves: evaluation(callback_on_new_best=CallbackList([saves])), [10, 20, 30, 40, 50]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env:UserWarning")
+@pytest.mark.parametrize("event", EVENTS)
+def test_inside_another_callback(event: str, tmp_path: Path) -> None:
+    wrap, steps = EVENTS[event]
+    model = make_model(make_env(n_envs=1, normalize=False))
+    model.learn(50, callback=wrap(ExactCheckpointCallback(1, tmp_path, keep=100)))
+    checkpoints = sorted(tmp_path.iterdir())
+    assert [json.loads((path / "manifest.json").read_text())["num_timesteps"] for path in checkpoints] == steps
+    for checkpoint in checkpoints:
+        resumed = load_checkpoint(checkpoint, make_env(n_envs=1, normalize=False))
+        # the second run has the same events, as an evaluation draws random numbers, too
+        left = 50 - resumed.num_timesteps
+        resumed.learn(left, callback=wrap(ExactCheckpointCallback(1, tmp_path / "again")), reset_num_timesteps=False)
+        assert fingerprint(resumed) == fingerprint(model), checkpoint
+    load_checkpoint(tmp_path, make_env(n_envs=1, normalize=False))
+
+
+def test_inside_another_callback_in_two_trainings(tmp_path: Path) -> None:
+    model = make_model(make_env(n_envs=1))
+    callback = EveryNTimesteps(20, ExactCheckpointCallback(1, tmp_path, keep=100))
+    model.learn(30, callback=callback)
+    model.learn(30, callback=callback, reset_num_timesteps=False)
+    steps = [json.loads((path / "manifest.json").read_text())["num_timesteps"] for path in sorted(tmp_path.iterdir())]
+    assert steps == [20, 40, 60]
+
+
+def test_inside_another_callback_of_an_on_policy_algorithm(tmp_path: Path) -> None:
+    """The event comes in the middle of a rollout, and the checkpoint before the next."""
+    model = PPO("MlpPolicy", make_env(n_envs=1), n_steps=8, batch_size=8, seed=1, device="cpu")
+    model.learn(32, callback=EveryNTimesteps(11, ExactCheckpointCallback(1, tmp_path, keep=100)))
+    checkpoints = sorted(tmp_path.iterdir())
+    assert [json.loads((path / "manifest.json").read_text())["num_timesteps"] for path in checkpoints] == [16, 24]
+    resumed = load_checkpoint(checkpoints[0], make_env(n_envs=1), PPO)
+    resumed.learn(16, reset_num_timesteps=False)
+    assert fingerprint(resumed) == fingerprint(model)
+
+
+class Saves(BaseCallback):
+    """As a user may write it."""
+
+    def __init__(self, folder: Path, where: str):
+        super().__init__()
+        self.folder = folder
+        setattr(self, where, self.save)
+
+    def save(self) -> bool:
+        if self.num_timesteps == 20:
+            save_checkpoint(self.model, self.folder)
+        return True
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("where", ["_on_step", "_on_rollout_end"])
+def test_in_the_middle_of_a_rollout(where: str, tmp_path: Path) -> None:
+    """The environment is a step ahead of the agent, or updates are missing: the episode cannot go on."""
+    model = make_model(make_env())
+    with pytest.warns(UserWarning, match="in the middle of a rollout"):
+        model.learn(30, callback=Saves(tmp_path, where))
+    assert load_checkpoint(tmp_path, make_env())._last_obs is None
+
+
+def test_between_rollouts_by_a_callback_of_the_user(tmp_path: Path) -> None:
+    model = SAC("MlpPolicy", make_env(), use_sde=True, learning_starts=12, batch_size=8, seed=1, device="cpu")
+    model.learn(30, callback=Saves(tmp_path, "_on_rollout_start"))
+    resumed = load_checkpoint(tmp_path, make_env(), SAC)
+    assert resumed.num_timesteps == 20
+    resumed.learn(10, reset_num_timesteps=False)
+    assert fingerprint(resumed) == fingerprint(model)
+
+
+# ------------------------------------------------------------------------------------------------- two runs, one folder
+
+
+class Hold(BaseCallback):
+    """Stops a training, running in a thread, until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= 20:
+            self.reached.set()
+            assert self.released.wait(200)
+        return True
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    first, hold = make_model(make_env()), Hold()
+    callback = [ExactCheckpointCallback(10, tmp_path), hold]
+    thread = threading.Thread(target=lambda: first.learn(40, callback=callback))
+    thread.start()
+    try:
+        assert hold.reached.wait(200)
+        before = contents(tmp_path)
+        second = make_model(make_env())
+        with pytest.raises(BlockingIOError, match=r"`folder` must belong to one run.*choose another folder"):
+            second.learn(20, callback=ExactCheckpointCallback(10, tmp_path))
+        with pytest.raises(BlockingIOError, match="`folder` must belong to one run"):
+            save_checkpoint(second, tmp_path)
+        assert contents(tmp_path) == before != {}
+    finally:
+        hold.released.set()
+        thread.join()
+    assert load_checkpoint(tmp_path, make_env()).num_timesteps == 40
+    second.learn(20, callback=ExactCheckpointCallback(10, tmp_path))  # as the first has ended
+
+
+def in_a_thread(function: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+def test_a_run_that_failed_does_not_keep_its_folder(tmp_path: Path) -> None:
+    def fail(*_: Any) -> bool:
+        raise KeyError("mine")
+
+    def learn() -> None:
+        with pytest.raises(KeyError, match="mine"):
+            make_model(make_env()).learn(20, callback=[ExactCheckpointCallback(10, tmp_path), ConvertCallback(fail)])
+
+    in_a_thread(learn)
+    learn()
+    learn()
+
+
+def test_a_killed_run_does_not_keep_its_folder(tmp_path: Path) -> None:
+    process = start(tmp_path, 1_000_000)
+    try:
+        while not list(tmp_path.glob("*/manifest.json")):
+            assert process.poll() is None
+        model = make_model(make_env())
+        with pytest.raises(BlockingIOError, match="another one is writing its checkpoints"):
+            save_checkpoint(model, tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    save_checkpoint(model, tmp_path)
+
+
+def test_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may make the same directory at the same moment: it is not overwritten, nor removed after an error."""
+    monkeypatch.setattr(checkpoint_folder, "fcntl", None)
+    monkeypatch.setattr(checkpoint_folder, "directories", lambda folder: [])  # as it was a moment before
+    others = tmp_path / "checkpoint_000001" / "model.zip"
+    others.parent.mkdir()
+    others.write_text("of another run")
+    model = make_model(make_env())
+    assert save_checkpoint(model, tmp_path).name == "checkpoint_000002"
+    monkeypatch.setattr(model, "save", lambda file: file / 0)
+    with pytest.raises(TypeError):
+        save_checkpoint(model, tmp_path)
+    assert others.read_text() == "of another run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_000001", "checkpoint_000002"]
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+BIG: dict[str, Callable[[], Any]] = {
+    "DIPO": lambda: DIPO("MlpPolicy", make_env(n_envs=1), learning_starts=20, policy_kwargs={"net_arch": [8]}, device="cpu"),
+    "SAC": lambda: SAC("MlpPolicy", make_env(n_envs=1), learning_starts=20, policy_kwargs={"net_arch": [8]}, device="cpu"),
+    "hindsight": lambda: SAC("MultiInputPolicy", goal_envs(2), replay_buffer_class=HerReplayBuffer, learning_starts=99),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_rows_without_transitions_are_not_written(name: str, tmp_path: Path) -> None:
+    """At the default size, for a million transitions, they would be tens or hundreds of megabytes."""
+    model = BIG[name]()
+    model.learn(21)
+    before = model.replay_buffer
+    path = save_checkpoint(model, tmp_path)
+    assert sum(file.stat().st_size for file in path.iterdir()) < 2_000_000
+    resumed: Any = load_checkpoint(path, model.env, type(model))
+    assert model.replay_buffer is before and type(resumed.replay_buffer) is type(before)
+    assert resumed.replay_buffer.actions.shape == before.actions.shape
+    np.testing.assert_array_equal(resumed.replay_buffer.actions[:30], before.actions[:30])
+
+
+VERSION_0_1 = Path(__file__).parent / "data" / "version_0_1" / "checkpoint"
+
+
+def test_checkpoint_of_version_0_1() -> None:
+    model = load_checkpoint(VERSION_0_1, gym.make("Pendulum-v1"))
+    assert model.num_timesteps == 40 and model._last_obs is None
+    buffer: Any = model.replay_buffer
+    expected = np.load(VERSION_0_1.parent / "expected.npz")
+    np.testing.assert_array_equal(buffer.improved_actions[: buffer.pos], expected["improved"][: buffer.pos])
+    model.learn(10, reset_num_timesteps=False)
+    assert model.num_timesteps == 50
+
+
+def test_running_episode_of_version_0_1(tmp_path: Path) -> None:
+    model = make_model(make_env())
+    model.learn(20)
+    path = save_checkpoint(model, tmp_path)
+    state = {"environments": [], "wrappers": ["VecNormalize"], "wrapper_states": [{}]}
+    (path / "environment.pkl").write_bytes(pickle.dumps(state))
+    (path / "exploration.pt").unlink()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["exploration.pt"]
+    manifest["files"]["environment.pkl"] = hashlib.sha256((path / "environment.pkl").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.warns(UserWarning, match=r"version 0\.1\.0.*running episode is dropped"):
+        resumed = load_checkpoint(tmp_path, make_env())
+    assert resumed._last_obs is None
+    assert resumed.get_vec_normalize_env().obs_rms.count == model.get_vec_normalize_env().obs_rms.count  # type: ignore[union-attr]
+
+
+def test_checks_without_assertions(folder: Path) -> None:
+    """``python -O`` removes them."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(RUN.parent)!r})\n"
+        "import pathlib\n"
+        "from checkpoint_run import *\n"
+        "from sb3_dipo import save_checkpoint\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "for text in ('[]', '{}', '{\"format\": 1}', '{\"algorithm\": \"DIPO\", \"files\": []}'):\n"
+        "    (folder / 'checkpoint_000002' / 'manifest.json').write_text(text)\n"
+        "    try: load_checkpoint(folder, make_env())\n"
+        "    except ValueError as error: print(error)\n"
+        "model = make_model(make_env()); model.env = None\n"
+        "try: save_checkpoint(model, folder)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    *foreign, missing = done.stdout.splitlines()
+    assert len(foreign) == 4 and all("is not the manifest of a checkpoint" in line for line in foreign)
+    assert "`model` must have an environment" in missing
+
+
 # ------------------------------------------------------------------------------------------------- failures
 
 
@@ -284,13 +594,22 @@ def test_foreign_manifest(manifest: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value, message", [("format", 2, "has format 2"), ("algorithm", "SAC", "holds a SAC, not a DIPO")]
+    "name, value, message", [("format", 3, "has format 3"), ("algorithm", "SAC", "holds a SAC, not a DIPO")]
 )
 def test_other_algorithm_or_version(name: str, value: Any, message: str, folder: Path) -> None:
     path = folder / "checkpoint_000002" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder, make_env())
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    model = make_model(make_env())
+    save_checkpoint(model, tmp_path)
+    resumed = load_checkpoint(tmp_path, make_env())
+    expected = fingerprint(model.learn(20))
+    assert fingerprint(load_checkpoint(tmp_path, make_env()).learn(20)) == expected
+    assert resumed.num_timesteps == 0
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -4,26 +4,20 @@ import importlib
 import itertools
 import math
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from processes import PAPER, Scripts, until
 from scipy.integrate import quad  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from sb3_dipo.diffusion import SOLVERS, make_schedule, sample
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "convergence.py"
-
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(SCRIPT.parent))
-    convergence, laws = map(importlib.import_module, ("convergence", "convergence_laws"))
+SCRIPT = PAPER / "convergence.py"
+convergence, laws = map(importlib.import_module, ("convergence", "convergence_laws"))
 
 
 def measure(mean: list[float], variance: list[float], h: float, horizon: float, score_error: float = 0.0) -> dict[str, Any]:
@@ -224,24 +218,19 @@ def test_keep_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quick_killed_and_started_again(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--quick", "--out"]
-    killed = subprocess.Popen([*command, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "terms.csv").exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "mixture.csv").exists()
+def test_quick_killed_and_started_again(scripts: Scripts, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = scripts.start(SCRIPT, "--quick", "--out", "killed", cwd=tmp_path)
+    until(lambda: (killed / "terms.csv").exists(), process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "mixture.csv").exists()
 
-    files = {}
-    for folder in ("killed", "whole"):
-        done = subprocess.run([*command, folder], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        files[folder] = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-    assert files["killed"] == files["whole"]
-    parts = ("orders", "terms", "map", "mixture")
-    assert set(files["whole"]) == {"convergence.md", *(f"{part}.{suffix}" for part in parts for suffix in ("csv", "png"))}
-    assert all(len(content) <= 200 * 1024 for content in files["whole"].values())
+    scripts.run(SCRIPT, "--quick", "--parts", "orders", "terms", "--out", "killed", cwd=tmp_path)
+    scripts.run(SCRIPT, "--quick", "--out", "whole", cwd=tmp_path)
+    parts = [f"{part}.{suffix}" for part in ("orders", "terms", "map", "mixture") for suffix in ("csv", "png")]
+    for name in parts[:4]:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path.name for path in whole.iterdir()} == {"convergence.md", *parts}
+    assert all(path.stat().st_size <= 200 * 1024 for path in whole.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"killed", "whole"}

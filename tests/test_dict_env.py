@@ -54,8 +54,8 @@ def test_every_part_matters() -> None:
         with th.no_grad():
             for function in (
                 lambda given: model.actor(given, deterministic=True),
-                lambda given: model.critic.min_q(given, actions),
-                lambda given: model.critic.bind(given)(actions),
+                lambda given: model.critic.next_value(given, actions),
+                lambda given: model.critic.objective(given)(actions),
             ):
                 assert not th.equal(function(tensors[0]), function(tensors[1])), key
 

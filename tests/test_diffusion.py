@@ -9,6 +9,7 @@ only the solver's own error is left.
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_dipo.actors import DiffusionActor
-from sb3_dipo.arithmetic import Mish
 from sb3_dipo.diffusion import (
     SCHEDULES,
     SOLVERS,
@@ -698,7 +698,7 @@ def test_sample_leaves_its_arguments_alone_and_counts_steps_from_zero() -> None:
 def make_actor(**options: Any) -> DiffusionActor:
     observation_space = spaces.Box(-1, 1, (3,))
     extractor = FlattenExtractor(observation_space)
-    actor = DiffusionActor(observation_space, spaces.Box(-1, 1, (2,)), [16], Mish, extractor, 3, **options)
+    actor = DiffusionActor(observation_space, spaces.Box(-1, 1, (2,)), [16], nn.Mish, extractor, 3, **options)
     generator = th.Generator().manual_seed(0)
     for parameter in actor.parameters():  # biases, too
         nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -713,13 +713,11 @@ def test_actor_calls_its_network_once_an_inference_step(solver: str, num_inferen
     with noise_predictions(actor.noise_network) as calls:
         actor.sample(th.zeros(2, 3))
         assert len(calls) == expected
-        actor.mode(th.zeros(2, 3))
+        actor.deterministic_action(th.zeros(2, 3))
         assert len(calls) == 2 * expected
-        actor.set_sampler(num_inference_steps=3)
-        actor.sample(th.zeros(2, 3))
+        actor.sample(th.zeros(2, 3), sampler=replace(actor.sampler, num_inference_steps=3))
         assert len(calls) == 2 * expected + 3
-        actor.set_sampler(which="evaluation", num_inference_steps=2)
-        actor.mode(th.zeros(2, 3))
+        actor.deterministic_action(th.zeros(2, 3), replace(actor.sampler, num_inference_steps=2))
         assert len(calls) == 2 * expected + 3 + 2
 
 
@@ -739,7 +737,8 @@ def test_actor_samples_with_its_network_at_the_grids_timesteps(clip_sample: bool
         return actor.noise_network(x, th.full((5,), grid[i]), features)
 
     expected = sample(table, predict_noise, initial_noise, (0.8 if noise_scale is None else noise_scale) * noise, clip_sample)
-    result = actor.sample(features, initial_noise, noise, noise_scale)
+    sampler = None if noise_scale is None else replace(actor.sampler, noise_scale=noise_scale)
+    result = actor.sample(features, initial_noise, noise, sampler)
     assert float((result.abs() < 0.999).float().mean()) > 0.2
     th.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 

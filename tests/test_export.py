@@ -96,7 +96,7 @@ def test_factors_close_to_one_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     model = small_dipo(policy_kwargs={"num_train_timesteps": 20})
     actor = model.policy.actor
     assert isinstance(actor, DiffusionActor)
-    assert 1e-6 < 1 - actor._table(actor.samplers["evaluation"])[0].steps[-1].b < 1e-5
+    assert 1e-6 < 1 - actor.solver_table(model.policy.samplers["evaluation"]).steps[-1].b < 1e-5
     model.save(tmp_path / "agent.zip")
     run_example(monkeypatch, str(tmp_path / "agent.zip"), "--folder", str(tmp_path))
     observations = np.zeros((1, 3), np.float32)

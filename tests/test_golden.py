@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from helpers import GivenRowsBuffer, displacement_error, fill, give_noise, make_agent, networks, set_weights
+from helpers import MODES, GivenRowsBuffer, displacement_error, fill, give_noise, make_agent, networks, set_weights
 from naive_dipo import Memory, NaiveDIPO, Settings
 
-from sb3_dipo import DIPO, DiffusionActor, improve_actions
+from sb3_dipo import DIPO, DiffusionActor, Sampler, improve_actions
 from sb3_dipo.diffusion import SOLVERS, make_schedule, time_grid
 
 
@@ -22,7 +22,8 @@ def assert_close(actual: th.Tensor, expected: th.Tensor, rtol: float = 0.0, atol
 class Golden:
     """A golden file, and agents with its weights."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accelerate: str):
+        self.accelerate = accelerate
         self.arrays = dict(np.load(path, allow_pickle=False))
         self.meta = json.loads(str(self.arrays.pop("meta")))
 
@@ -53,6 +54,7 @@ class Golden:
             action_gradient_steps=meta["action_gradient_steps"],
             action_grad_norm_ratio=meta["action_grad_norm"] / meta["action_dim"],
             max_grad_norm=meta["max_grad_norm"],
+            accelerate=self.accelerate,
             policy_kwargs={"actor": actor, "net_arch": [hidden] * 3, **options[actor]},
             **kwargs,
         )
@@ -70,29 +72,40 @@ class Golden:
 
 
 @pytest.fixture(scope="module", params=["hopper_cosine", "cheetah_vp"])
-def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(Path(__file__).parent / "data" / f"{request.param}.npz")
+def file(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(file: str) -> Golden:
+    """For what does not depend on how networks are computed."""
+    return Golden(Path(__file__).parent / "data" / f"{file}.npz", "off")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def golden(file: str, request: pytest.FixtureRequest) -> Golden:
+    return Golden(Path(__file__).parent / "data" / f"{file}.npz", request.param)
 
 
 @pytest.mark.parametrize("num_train_timesteps", [5, 20, 50, 100])
 @pytest.mark.parametrize("beta_schedule", ["cosine", "linear", "vp"])
-def test_schedules(golden: Golden, beta_schedule: str, num_train_timesteps: int) -> None:
-    expected = golden[f"schedule.{beta_schedule}.{num_train_timesteps}.betas"]
+def test_schedules(plain: Golden, beta_schedule: str, num_train_timesteps: int) -> None:
+    expected = plain[f"schedule.{beta_schedule}.{num_train_timesteps}.betas"]
     assert_close(make_schedule(beta_schedule, num_train_timesteps).betas.float(), expected, rtol=1e-6, atol=0.0)
 
 
-def test_coefficient_tables(golden: Golden) -> None:
-    schedule = make_schedule(golden.meta["schedule"], golden.meta["K"])
-    table = SOLVERS["ddpm"](schedule, time_grid(golden.meta["K"], golden.meta["K"]), 1.0)
+def test_coefficient_tables(plain: Golden) -> None:
+    schedule = make_schedule(plain.meta["schedule"], plain.meta["K"])
+    table = SOLVERS["ddpm"](schedule, time_grid(plain.meta["K"], plain.meta["K"]), 1.0)
     rows = th.tensor(table.steps[::-1], dtype=th.float64)  # the golden tables count k upwards
     alpha_t, sigma_t, a, b, c, s = rows.unbind(1)
-    assert_close(schedule.alphas_cumprod.float(), golden["process.alphas_cumprod"], rtol=2e-6, atol=0.0)
-    assert_close((1 / alpha_t).float(), golden["process.sqrt_recip_alphas_cumprod"], rtol=2e-6, atol=0.0)
+    assert_close(schedule.alphas_cumprod.float(), plain["process.alphas_cumprod"], rtol=2e-6, atol=0.0)
+    assert_close((1 / alpha_t).float(), plain["process.sqrt_recip_alphas_cumprod"], rtol=2e-6, atol=0.0)
     # theirs is sqrt(1 / abar - 1) in float32, which rounds at the size of 1
-    assert_close((sigma_t / alpha_t).float(), golden["process.sqrt_recipm1_alphas_cumprod"], rtol=2e-6, atol=1e-6)
-    assert_close(b.float(), golden["process.posterior_mean_coef1"], rtol=2e-6, atol=0.0)
-    assert_close(a.float(), golden["process.posterior_mean_coef2"], rtol=2e-6, atol=0.0)
-    assert_close((s**2).float(), golden["process.posterior_variance"], rtol=2e-6, atol=0.0)
+    assert_close((sigma_t / alpha_t).float(), plain["process.sqrt_recipm1_alphas_cumprod"], rtol=2e-6, atol=1e-6)
+    assert_close(b.float(), plain["process.posterior_mean_coef1"], rtol=2e-6, atol=0.0)
+    assert_close(a.float(), plain["process.posterior_mean_coef2"], rtol=2e-6, atol=0.0)
+    assert_close((s**2).float(), plain["process.posterior_variance"], rtol=2e-6, atol=0.0)
     assert not c.any()
 
 
@@ -113,7 +126,7 @@ def test_sampling(golden: Golden, kind: str) -> None:
             features,
             initial_noise=golden[f"sample.{kind}.x_K"],
             noise=golden[f"sample.{kind}.z"],
-            noise_scale=0.0 if kind == "noise_free" else None,
+            sampler=Sampler(noise_scale=0.0 if kind == "noise_free" else 1.0),
         )
     assert_close(actions, golden[f"sample.{kind}.out"])
 
@@ -133,16 +146,18 @@ def test_critics(golden: Golden) -> None:
     agent = golden.agent()
     with th.no_grad():
         q1, q2 = agent.critic(golden["obs"], golden["actions"])
-        q_min = agent.critic.bind(golden["obs"])(golden["actions"])
+        objective = agent.critic.objective(golden["obs"])(golden["actions"])
     assert_close(q1, golden["critic.q1.out"])
     assert_close(q2, golden["critic.q2.out"])
-    assert_close(q_min, th.minimum(q1, q2))
+    q_min = th.minimum(golden["critic.q1.out"], golden["critic.q2.out"])
+    assert_close(objective, q_min)
+    assert_close(agent.critic.next_value(golden["obs"], golden["actions"]), q_min)
 
 
 def test_action_gradient(golden: Golden) -> None:
     agent, meta = golden.agent(), golden.meta
     improved = improve_actions(
-        agent.critic.bind(golden["obs"]),
+        agent.critic.objective(golden["obs"]),
         golden["actions"],
         action_lr=meta["action_lr"],
         action_gradient_steps=meta["action_gradient_steps"],
@@ -185,9 +200,9 @@ def test_three_whole_updates(golden: Golden) -> None:
         assert displacement_error(parameters, start[name], expected_weights) < bound, name
 
 
-def test_oracle_reaches_the_golden_weights_too(golden: Golden) -> None:
+def test_oracle_reaches_the_golden_weights_too(plain: Golden) -> None:
     """The naive implementation and the package are checked against each other; this checks that they do not err together."""
-    meta = golden.meta
+    meta = plain.meta
     settings = Settings(
         num_train_timesteps=meta["K"],
         beta_schedule=meta["schedule"],
@@ -200,19 +215,20 @@ def test_oracle_reaches_the_golden_weights_too(golden: Golden) -> None:
         max_grad_norm=meta["max_grad_norm"],
     )
     naive = NaiveDIPO(settings, meta["obs_dim"], meta["action_dim"], [meta["hidden"]] * 3)
-    naive.load_golden(golden.arrays)
+    naive.load_golden(plain.arrays)
     start = naive.flat_parameters()
     names = ("observations", "actions", "rewards", "next_observations")
-    data = {name: golden[f"replay.{name}"][:, None] for name in names}
-    terminals = 1 - golden["replay.discount_mask"] / settings.gamma
+    data = {name: plain[f"replay.{name}"][:, None] for name in names}
+    terminals = 1 - plain["replay.discount_mask"] / settings.gamma
     memory = Memory(**{**data, "rewards": data["rewards"][..., 0]}, terminals=terminals)
     for update in range(3):
-        rows = {f"{which}_rows": golden[f"update.{which}_indices"][update] for which in ("critic", "actor")}
+        rows = {f"{which}_rows": plain[f"update.{which}_indices"][update] for which in ("critic", "actor")}
         envs = {f"{which}_envs": th.zeros(meta["batch"], dtype=th.int64) for which in ("critic", "actor")}
         noise = {"initial_noise": "x_K", "noise": "z", "timesteps": "k", "loss_noise": "noise"}
-        naive.update(memory, {**rows, **envs, **{ours: golden[f"update.{theirs}"][update] for ours, theirs in noise.items()}})
+        naive.update(memory, {**rows, **envs, **{ours: plain[f"update.{theirs}"][update] for ours, theirs in noise.items()}})
     for name, weights in naive.flat_parameters().items():
-        assert displacement_error(weights, start[name], golden.weights(f"update.final.{name}.")) < 1.5e-5, name
+        # processors round products differently: 2.1e-5 was seen; the least fault that counts is 2.7e-5, see above
+        assert displacement_error(weights, start[name], plain.weights(f"update.final.{name}.")) < 2.5e-5, name
 
 
 @pytest.mark.parametrize("actor", ["vae", "mlp"])
@@ -226,7 +242,7 @@ def test_actors_of_the_ablation(golden: Golden, actor: str) -> None:
         assert_close(agent.actor.sample(features, **draws), golden[f"{actor}.sample.out"])
         (drawn,) = draws.values()
         assert_close(agent.actor.sample(features, noise=drawn), agent.actor.sample(features, initial_noise=drawn), atol=0.0)
-        assert_close(agent.actor.mode(features), golden[f"{actor}.sample.mode"])
+        assert_close(agent.actor.deterministic_action(features), golden[f"{actor}.sample.mode"])
         loss_noise = golden[f"{actor}.loss.{'eps' if actor == 'vae' else 'noise'}"]
         loss = agent.actor.loss(features, golden["actions"], noise=loss_noise)
     # a wrong power of the standard deviation would move the VAE's loss by 9e-6

@@ -94,6 +94,8 @@ def test_relabelled_transitions_climb_from_the_action_taken(monkeypatch: pytest.
     real = batch.rows >= 0
     assert real.sum() == 10
     assert (batch.improved_actions[real] == 0.5).all()
+    np.testing.assert_array_equal(batch.improved_actions[~real], batch.actions[~real])
+    np.testing.assert_array_equal(batch.actions[real], buffer.actions[batch.rows[real], batch.envs[real]])
     taken = buffer.actions[buffer.ep_length > 0]
     for start in batch.improved_actions[~real].numpy():
         assert (taken == start).all(axis=-1).any()

@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as check_gymnasium_env
-from stable_baselines3 import PPO, SAC
+from sb3_contrib import TQC, CrossQ
+from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
@@ -160,7 +161,7 @@ def test_mujoco_state_wants_a_mujoco_task() -> None:
         MujocoState(MultiGoalEnv())
 
 
-@pytest.mark.parametrize("algorithm", [DIPO, SAC, PPO])
+@pytest.mark.parametrize("algorithm", [DIPO, SAC, TD3, PPO, TQC, CrossQ])
 @pytest.mark.parametrize("task", [ID, "Hopper-v5"])
 def test_every_algorithm_goes_on_from_a_checkpoint(algorithm: type[BaseAlgorithm], task: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(seed=2, device="cpu", policy_kwargs=dict(net_arch=[8]))

@@ -101,6 +101,7 @@ def test_improvements_are_of_single_steps() -> None:
     assert isinstance(buffer, DIPONStepReplayBuffer)
     batch = buffer.sample_improved(100)
     np.testing.assert_array_equal(batch.observations, buffer.observations[batch.rows, batch.envs])
+    np.testing.assert_array_equal(batch.actions, buffer.actions[batch.rows, batch.envs])
     np.testing.assert_array_equal(batch.improved_actions, buffer.improved_actions[batch.rows, batch.envs])
     taken, before = buffer.actions.copy(), buffer.improved_actions.copy()
     model.train(3, 8)

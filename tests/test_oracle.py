@@ -1,11 +1,12 @@
 """Whole updates agree with a naive implementation that shares no code with the package (tests/naive_dipo.py)."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from helpers import displacement_error, fill, give_noise, make_agent, networks, set_weights
+from helpers import MODES, displacement_error, fill, give_noise, make_agent, networks, set_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_dipo import Memory, NaiveDIPO, Settings
@@ -25,8 +26,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "action_dim": draw(st.integers(1, 4)),
         "hidden": [draw(st.integers(4, 12)) for _ in range(draw(st.integers(1, 3)))],
         "n_envs": draw(st.integers(1, 3)),
-        "batch_size": draw(st.integers(2, 24)),
+        "batch_size": draw(st.integers(2, 24) | st.integers(25, 40)),
         "seed": draw(st.integers(0, 2**31)),
+        "persist": draw(st.lists(st.booleans(), min_size=7, max_size=7)),
         "settings": Settings(
             actor=actor,
             num_train_timesteps=draw(st.integers(1, 12)),
@@ -40,7 +42,6 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
             action_lr=draw(st.sampled_from([0.03, 0.2])),
             action_gradient_steps=draw(st.integers(1, 5)),
             action_grad_norm_ratio=draw(st.sampled_from([1e-6, 0.1])),
-            persist_improved_actions=draw(st.booleans()),
             max_grad_norm=draw(st.sampled_from([0.05, 2.0])),
             actor_target_update_interval=draw(st.integers(1, 3)),
             latent_dim=draw(st.integers(1, 6)),
@@ -50,7 +51,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def make_pair(problem: dict[str, Any]) -> tuple[DIPO, NaiveDIPO]:
+def make_pair(problem: dict[str, Any], accelerate: str) -> tuple[DIPO, NaiveDIPO]:
     """The agent and the oracle with the same weights; those of the targets differ from those of the networks."""
     s: Settings = problem["settings"]
     options: dict[str, dict[str, Any]] = {
@@ -67,6 +68,7 @@ def make_pair(problem: dict[str, Any]) -> tuple[DIPO, NaiveDIPO]:
         problem["obs_dim"],
         problem["action_dim"],
         problem["n_envs"],
+        accelerate=accelerate,
         policy_kwargs={"actor": s.actor, "net_arch": problem["hidden"], **options[s.actor]},
         **{
             name: getattr(s, name)
@@ -78,7 +80,6 @@ def make_pair(problem: dict[str, Any]) -> tuple[DIPO, NaiveDIPO]:
                 "action_lr",
                 "action_gradient_steps",
                 "action_grad_norm_ratio",
-                "persist_improved_actions",
                 "max_grad_norm",
                 "actor_target_update_interval",
             )
@@ -119,10 +120,11 @@ def draw_places(batch: int, n_envs: int, generator: np.random.RandomState) -> tu
     return th.from_numpy(rows), th.from_numpy(generator.randint(0, n_envs, size=batch))
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("accelerate", MODES)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems())
-def test_whole_updates_agree_with_the_oracle(problem: dict[str, Any]) -> None:
-    agent, naive = make_pair(problem)
+def test_whole_updates_agree_with_the_oracle(accelerate: str, problem: dict[str, Any]) -> None:
+    agent, naive = make_pair(problem, accelerate)
     batch, n_envs = problem["batch_size"], problem["n_envs"]
     generator = th.Generator().manual_seed(problem["seed"] + 1)
 
@@ -142,7 +144,9 @@ def test_whole_updates_agree_with_the_oracle(problem: dict[str, Any]) -> None:
     np.random.seed(seed)
     places = np.random.RandomState(seed)
     start = naive.flat_parameters()
-    for of_sample, of_loss in noises:
+    persist = problem["persist"][:updates]
+    for (of_sample, of_loss), agent.persist_improved_actions in zip(noises, persist, strict=True):
+        naive.settings = replace(naive.settings, persist_improved_actions=agent.persist_improved_actions)
         agent.train(gradient_steps=1, batch_size=batch)
         critic_rows, critic_envs = draw_places(batch, n_envs, places)
         actor_rows, actor_envs = draw_places(batch, n_envs, places)
@@ -158,25 +162,27 @@ def test_whole_updates_agree_with_the_oracle(problem: dict[str, Any]) -> None:
     improved = agent.replay_buffer.improved_actions[:ROWS]  # type: ignore[attr-defined]
     np.testing.assert_allclose(improved, memory.improved_actions.numpy(), rtol=0, atol=2e-4)
     np.testing.assert_array_equal(agent.replay_buffer.actions[:ROWS], arrays["actions"])
-    assert (improved != arrays["actions"]).any() == problem["settings"].persist_improved_actions
+    assert (improved != arrays["actions"]).any() == any(persist)
     for name, weights in naive.flat_parameters().items():
         assert displacement_error(networks(agent)[name], start[name], weights) < 1e-3, name
 
 
+@pytest.mark.parametrize("accelerate", MODES)
+@pytest.mark.parametrize("batch_size", [5, 30])
 @pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
-def test_acting_agrees_with_the_oracle(actor: str) -> None:
+def test_acting_agrees_with_the_oracle(actor: str, batch_size: int, accelerate: str) -> None:
     """With NumPy's and PyTorch's states alike, ``predict`` plays what the oracle plays."""
     problem: dict[str, Any] = {
         "obs_dim": 4,
         "action_dim": 2,
         "hidden": [8, 8],
         "n_envs": 1,
-        "batch_size": 5,
+        "batch_size": batch_size,
         "seed": 3,
         "settings": Settings(actor=actor, num_train_timesteps=7, latent_dim=3),
     }
-    agent, naive = make_pair(problem)
-    observations = th.randn((5, 4))
+    agent, naive = make_pair(problem, accelerate)
+    observations = th.randn((batch_size, 4))
     th.manual_seed(0)
     actions, _ = agent.predict(observations.numpy())
     th.manual_seed(0)

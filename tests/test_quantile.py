@@ -90,9 +90,8 @@ def test_the_objective_is_the_mean_of_all_quantiles(accelerate: str, layer_norm:
 @pytest.mark.parametrize("accelerate", MODES)
 def test_layer_norm_stands_before_each_activation(accelerate: str) -> None:
     for kind in ("ensemble", "quantile"):
-        agent = make_agent(
-            3, 2, accelerate=accelerate, policy_kwargs=dict(critic=kind, layer_norm=True, net_arch=[32, 32], num_train_timesteps=3)
-        )
+        options = dict(critic=kind, layer_norm=True, net_arch=[32, 32], num_train_timesteps=3)
+        agent: Any = make_agent(3, 2, accelerate=accelerate, policy_kwargs=options)
         kinds = [type(module) for module in agent.critic.q_networks[0]]
         assert kinds == [*[th.nn.Linear, th.nn.LayerNorm, th.nn.Mish] * 2, th.nn.Linear]
         assert not any(isinstance(module, th.nn.LayerNorm) for module in agent.actor.modules())

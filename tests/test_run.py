@@ -4,6 +4,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -26,11 +27,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from sb3_dipo import DIPO, CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy, NonFiniteLossError
+from sb3_dipo import DIPO, CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy, NonFiniteLossError, Sampler
 
 METRICS = ("critic_loss", "actor_loss", "q_value", "improved_q_gain", "action_shift", "n_updates", "learning_rate")
 
@@ -192,7 +193,8 @@ def test_custom_architecture() -> None:
     model.learn(20)
     assert [parameter.shape[0] for parameter in model.actor.parameters() if parameter.ndim == 2] == [8, 2]
     assert sorted({name.split(".")[0] for name in model.critic.state_dict()}) == ["qf0", "qf1", "qf2"]
-    assert [parameter.shape[0] for parameter in model.critic.q_networks[0].parameters() if parameter.ndim == 2] == [16, 12, 1]
+    first: Any = model.critic.get_submodule("qf0")
+    assert [parameter.shape[0] for parameter in first.parameters() if parameter.ndim == 2] == [16, 12, 1]
 
 
 @pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
@@ -331,6 +333,15 @@ def test_learning_rate_schedules_are_applied(own_schedule: bool) -> None:
     assert model.critic.optimizer.param_groups[0]["lr"] == (2e-2 if own_schedule else 0.0)
 
 
+def test_a_schedule_that_is_replaced_counts_for_both() -> None:
+    """Where the critics have none of their own, theirs is the actor's, also after it was changed."""
+    model = small_dipo()
+    model.learn(15)
+    model.lr_schedule = lambda _: 1e-9
+    model.learn(5, reset_num_timesteps=False)
+    assert [network.optimizer.param_groups[0]["lr"] for network in (model.actor, model.critic)] == [1e-9, 1e-9]
+
+
 def test_learning_rate_of_zero() -> None:
     model = small_dipo(learning_rate=0, qf_learning_rate=0.0)
     before = everything_learned(model)
@@ -421,7 +432,7 @@ def test_logged_values() -> None:
     with th.no_grad():
         q_values = th.cat(model.critic(observations, actions), dim=1)
         improved = th.as_tensor(buffer.improved_actions[0])
-        gain = model.critic.min_q(observations, improved) - model.critic.min_q(observations, actions)
+        gain = model.critic.next_value(observations, improved) - model.critic.next_value(observations, actions)
     reward = float(buffer.rewards[0, 0])
     assert logged(model, "q_value") == pytest.approx(q_values.mean().item(), abs=1e-6)
     assert logged(model, "critic_loss") == pytest.approx(((q_values - reward) ** 2).sum().item(), rel=1e-5)
@@ -501,15 +512,41 @@ def test_warning_where_nothing_is_learned_when_learning_goes_on() -> None:
     assert model._n_updates == 1
 
 
-def test_warning_where_nothing_is_learned_in_episodes() -> None:
-    """It comes where the longest episodes that the time limit allows would not do; of an unknown length it says nothing."""
+def test_no_warning_where_nobody_knows_or_nothing_is_asked_for() -> None:
+    """The length of episodes is not known; of no steps at all nothing is expected."""
     model = small_dipo(TinyEnv(episode_length=7), learning_starts=10, train_freq=(1, "episode"))
     model.learn(10)  # ends at 14
     assert model._n_updates == 1
     model = small_dipo(gym.make("Pendulum-v1"), learning_starts=400, train_freq=(1, "episode"))
-    with pytest.warns(UserWarning, match="after 400 steps"):
-        model.learn(201)
-    assert model._n_updates == 0
+    model.learn(201)  # any warning would be an error
+    assert (model.num_timesteps, model._n_updates) == (400, 0)
+    model = small_dipo()
+    model.learn(0)
+    model.learn(0, reset_num_timesteps=False)
+    assert (model.num_timesteps, model._n_updates) == (0, 0)
+
+
+class SilentEnvs(VecEnvWrapper):
+    """Tells nothing of what it wraps."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name == "render_mode":  # SB3 warns where it is missing
+            return [None] * self.num_envs
+        raise AttributeError(attr_name)
+
+
+@pytest.mark.parametrize("train_freq", [3, (1, "episode")])
+def test_environments_without_a_spec(train_freq: Any) -> None:
+    """What a warning would like to know must not fail the run."""
+    model = small_dipo(SilentEnvs(tiny_envs()), train_freq=train_freq)
+    model.learn(20)
+    assert model._n_updates > 0
 
 
 def test_first_actions_are_uniform() -> None:
@@ -542,7 +579,7 @@ def test_a_time_limit_is_no_end(truncate: bool, n_steps: int, monkeypatch: pytes
     buffer: Any = model.replay_buffer  # the last transition alone
     with th.no_grad():
         q_values = th.cat(model.critic(th.as_tensor(buffer.observations[0]), th.as_tensor(buffer.actions[0])), dim=1)
-    monkeypatch.setattr(model.critic_target, "min_q", lambda observations, actions: th.full((len(actions), 1), 10.0))
+    monkeypatch.setattr(model.critic_target, "next_value", lambda observations, actions: th.full((len(actions), 1), 10.0))
     model.train(1, 8)
     target = 1 + 0.9 * 10 if truncate else 1
     assert logged(model, "critic_loss") == pytest.approx(((q_values - target) ** 2).sum().item(), rel=1e-4)
@@ -554,7 +591,7 @@ def test_n_step_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer: Any = model.replay_buffer
     # always draw the first transition, which many others follow
     monkeypatch.setattr(np.random, "randint", lambda low, high=None, size=None: np.zeros(size, dtype=np.int64))
-    monkeypatch.setattr(model.critic_target, "min_q", lambda observations, actions: th.full((len(actions), 1), 8.0))
+    monkeypatch.setattr(model.critic_target, "next_value", lambda observations, actions: th.full((len(actions), 1), 8.0))
     with th.no_grad():
         q_values = th.cat(model.critic(th.as_tensor(buffer.observations[0]), th.as_tensor(buffer.actions[0])), dim=1)
     model.train(1, 4)
@@ -592,28 +629,37 @@ def poisoned(model: DIPO, where: str) -> None:
     getattr(buffer, where)[: buffer.size()] = math.nan
 
 
+def not_statistics(names: list[str]) -> list[str]:
+    """Without those of the numbers that batch normalisation keeps of what passed through it in training mode."""
+    return [name for name in names if ".norm.running_" not in name and ".norm.num_batches_" not in name]
+
+
 @pytest.mark.parametrize("fresh", [True, False], ids=["first update", "later update"])
 @pytest.mark.parametrize("where", ["rewards", "observations", "next_observations"])
 @pytest.mark.parametrize("extractor", [LinearExtractor, BatchNormExtractor])
 def test_critic_loss_that_is_not_finite(extractor: type[Any], where: str, fresh: bool) -> None:
-    model = small_dipo(policy_kwargs={"features_extractor_class": extractor})
+    """Neither its step is taken nor anything after it."""
+    model = small_dipo(policy_kwargs={"features_extractor_class": extractor}, gradient_steps=0 if fresh else 1)
     model.learn(40)
-    if fresh:
-        model = small_dipo(policy_kwargs={"features_extractor_class": extractor}, gradient_steps=0)
-        model.learn(40)
     buffer: Any = model.replay_buffer
     values = getattr(buffer, where).copy()
     poisoned(model, where)
     before = everything_learned(model)
     updates = model._n_updates
-    with pytest.raises(NonFiniteLossError, match=rf"`critic_loss`.* in update {updates + 1} "):
+    with pytest.raises(NonFiniteLossError, match=r"`critic_loss` or its gradient is not finite .*loss nan"):
         model.train(3, 8)
     assert model._n_updates == updates
-    assert differences(before, everything_learned(model)) == []
+    changed = differences(before, everything_learned(model))
+    assert not_statistics(changed) == [] and not any("target" in name for name in changed)
+    if (extractor, where) == (BatchNormExtractor, "observations"):
+        return  # its statistics are those of observations that are not finite: as in SAC, they stay
     getattr(buffer, where)[:] = values
     model.train(3, 8)
     assert model._n_updates == updates + 3
     assert all(th.isfinite(value).all() for value in everything_learned(model).values())
+
+
+CRITICS_PARTS = ("critic.", "critic optimizer")
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["first update", "later update"])
@@ -622,6 +668,7 @@ def test_critic_loss_that_is_not_finite(extractor: type[Any], where: str, fresh:
 def test_actor_loss_that_is_not_finite(
     extractor: type[Any], share_features_extractor: bool, fresh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The critic's step, which was finite, stays; the actor, the targets and the replay data are as before."""
     policy_kwargs = {"features_extractor_class": extractor, "share_features_extractor": share_features_extractor}
     model = small_dipo(policy_kwargs=policy_kwargs, gradient_steps=0 if fresh else 1)
     model.learn(40)
@@ -629,15 +676,23 @@ def test_actor_loss_that_is_not_finite(
     before = everything_learned(model)
     updates = model._n_updates
     monkeypatch.setattr(model.actor, "loss", lambda features, actions: loss(features, actions) * math.nan)
-    with pytest.raises(NonFiniteLossError, match=rf"`actor_loss`.* in update {updates + 1} "):
+    with pytest.raises(NonFiniteLossError, match=r"`actor_loss` or its gradient is not finite .*loss nan"):
         model.train(3, 8)
-    assert differences(before, everything_learned(model)) == []
+    assert model._n_updates == updates
+    after = everything_learned(model)
+    shared = ("actor.features_extractor",) if share_features_extractor else ()
+    changed = not_statistics(differences(before, after))
+    assert [name for name in changed if not name.startswith((*CRITICS_PARTS, *shared))] == []
+    assert any(name.startswith("critic.qf0") for name in changed)
+    assert float(after["critic optimizer 0 step"]) == (1 if fresh else updates + 1)  # one step, and no more
+    assert all(th.isfinite(value).all() for value in after.values())
     monkeypatch.setattr(model.actor, "loss", loss)
     model.train(3, 8)
     assert model._n_updates == updates + 3
     assert all(th.isfinite(value).all() for value in everything_learned(model).values())
 
 
+@pytest.mark.parametrize("part", ["actor", "critic"])
 @pytest.mark.parametrize(
     "optimizer_class, optimizer_kwargs",
     [
@@ -648,32 +703,41 @@ def test_actor_loss_that_is_not_finite(
         (th.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}),
     ],
 )
-def test_other_optimizers_are_put_back(
-    optimizer_class: type[th.optim.Optimizer], optimizer_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_other_optimizers_take_no_step(
+    optimizer_class: type[th.optim.Optimizer],
+    optimizer_kwargs: dict[str, Any],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy_kwargs = {"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs}
     model = small_dipo(policy_kwargs=policy_kwargs)
     model.learn(20)
     before = everything_learned(model)
-    monkeypatch.setattr(model.actor, "loss", lambda features, actions: features.sum() * math.nan)
-    monkeypatch.setattr(model.actor, "extract_features", lambda obs: obs.requires_grad_())
-    with pytest.raises(NonFiniteLossError):
+    network = getattr(model, part)
+    loss = network.loss
+    monkeypatch.setattr(network, "loss", lambda *arguments: loss(*arguments) * math.nan)
+    with pytest.raises(NonFiniteLossError, match=f"`{part}_loss`"):
         model.train(1, 8)
-    assert differences(before, everything_learned(model)) == []
+    changed = differences(before, everything_learned(model))
+    assert [name for name in changed if not name.startswith(CRITICS_PARTS)] == []
+    assert (changed == []) == (part == "critic")
 
 
-def test_loss_is_finite_but_its_gradient_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_loss_is_finite_but_its_gradient_is_not(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_dipo()
     model.learn(20)
     before = everything_learned(model)
-    parameter = next(model.actor.parameters())
-    loss = model.actor.loss
+    network = getattr(model, part)
+    parameter = next(network.parameters())
+    loss = network.loss
     # sqrt has an infinite slope at 0, where its value is 0
     zero = lambda: (parameter.sum() * 0).abs().sqrt()  # noqa: E731
-    monkeypatch.setattr(model.actor, "loss", lambda features, actions: loss(features, actions) + zero())
-    with pytest.raises(NonFiniteLossError, match="`actor_loss` or its gradient"):
+    monkeypatch.setattr(network, "loss", lambda *arguments: loss(*arguments) + zero())
+    with pytest.raises(NonFiniteLossError, match=f"`{part}_loss` or its gradient is not finite .*gradient norm nan"):
         model.train(1, 8)
-    assert differences(before, everything_learned(model)) == []
+    changed = differences(before, everything_learned(model))
+    assert [name for name in changed if part == "critic" or not name.startswith(CRITICS_PARTS)] == []
 
 
 def test_infinite_observation_of_the_actors_minibatch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,7 +754,8 @@ def test_infinite_observation_of_the_actors_minibatch_alone(monkeypatch: pytest.
     monkeypatch.setattr(buffer, "sample_improved", poisoned_sample)
     with pytest.raises(NonFiniteLossError, match="`actor_loss`"):
         model.train(1, 8)
-    assert differences(before, everything_learned(model)) == []
+    changed = differences(before, everything_learned(model))
+    assert [name for name in changed if not name.startswith(CRITICS_PARTS)] == []
 
 
 class NaNRewardEnv(TinyEnv):
@@ -750,13 +815,13 @@ def test_registered_environment_by_name() -> None:
 
 def test_defaults_are_the_papers() -> None:
     model = DIPO("MlpPolicy", TinyEnv(), buffer_size=10, device="cpu")
-    critic: Any = model.critic.q_networks[0]
-    assert [layer.out_features for layer in critic if isinstance(layer, th.nn.Linear)] == [256, 256, 256, 1]
-    assert len(model.critic.q_networks) == 2
+    critic: Any = model.critic
+    assert [layer.out_features for layer in critic.q_networks[0] if isinstance(layer, th.nn.Linear)] == [256, 256, 256, 1]
+    assert len(critic.q_networks) == 2
     assert model.actor.optimizer.defaults["eps"] == 1e-5
-    expected = {"solver": "ddpm", "num_inference_steps": None, "timestep_spacing": "linspace", "eta": 0.0, "noise_scale": 1.0}
+    every_step = Sampler(noise_scale=1.0, solver="ddpm", num_inference_steps=None, timestep_spacing="linspace", eta=0.0)
     assert model.policy.samplers == {
-        "behaviour": expected,
-        "target": expected,
-        "evaluation": {**expected, "noise_scale": 0.0},
+        "behaviour": every_step,
+        "target": every_step,
+        "evaluation": replace(every_step, noise_scale=0.0),
     }

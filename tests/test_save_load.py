@@ -21,7 +21,17 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_dipo import DIPO, CnnPolicy, DIPONStepReplayBuffer, DIPOPolicy, MultiInputPolicy
+from sb3_dipo import (
+    DIPO,
+    CnnPolicy,
+    DIPONStepReplayBuffer,
+    DIPOPolicy,
+    DIPOReplayBuffer,
+    EnsembleCritic,
+    MLPActor,
+    MultiInputPolicy,
+    Sampler,
+)
 
 ACTORS = ["diffusion", "vae", "mlp"]
 POLICIES = [
@@ -81,9 +91,9 @@ def test_save_and_load(
     loaded = DIPO.load(tmp_path / "model.zip", env=TinyEnv(observation=observation), device="cpu")
     assert type(loaded.policy) is policy_class
     after = everything_learned(loaded)
-    names = {name for name in before if name not in ("actions", "improved_actions")}
-    assert names == set(after)
-    assert not differences({name: before[name] for name in names}, after)
+    saved_apart = ("actions", "improved_actions")
+    learned = [{name: part for name, part in all_of_it.items() if name not in saved_apart} for all_of_it in (before, after)]
+    assert not differences(*learned)
     np.testing.assert_array_equal(modes(loaded, observations), expected)
     assert (loaded.num_timesteps, loaded._n_updates, loaded.tau) == (25, 15, 0.02)
     loaded.learn(20, reset_num_timesteps=False)
@@ -99,7 +109,7 @@ def test_load_without_environment(actor: str, tmp_path: pathlib.Path) -> None:
     assert loaded.env is None
     np.testing.assert_array_equal(modes(loaded, some_observations(loaded)), expected)
     assert loaded.predict(np.zeros(3, dtype=np.float32))[0].shape == (2,)
-    assert loaded.replay_buffer is not None and not hasattr(loaded.replay_buffer, "observations")
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 0
     loaded.set_env(TinyEnv())
     loaded.learn(15)
 
@@ -283,7 +293,7 @@ def test_policy_alone(
         assert not differences(dict(copied.state_dict()), dict(model.policy.state_dict()))
     # a copy is its own
     copies[2].set_sampler(noise_scale=0.25)
-    assert model.policy.samplers["behaviour"]["noise_scale"] == 1
+    assert model.policy.samplers["behaviour"].noise_scale == 1
     with th.no_grad():
         for parameter in copies[2].parameters():
             parameter.zero_()
@@ -301,7 +311,7 @@ def test_options_of_the_actor_survive(settings: dict[str, Any], tmp_path: pathli
     model.policy.save(str(tmp_path / "policy.pkl"))
     expected = modes(model, some_observations(model))
     for copied in (DIPO.load(tmp_path / "model").policy, DIPOPolicy.load(str(tmp_path / "policy.pkl"))):
-        assert copied.actor_options == model.policy.actor_options
+        assert copied.options == model.policy.options
         assert copied.samplers == model.policy.samplers
         np.testing.assert_array_equal(modes(copied, some_observations(model)), expected)
 
@@ -346,13 +356,13 @@ def test_the_authors_evaluation() -> None:
     model = small_dipo()
     model.policy.set_sampler(noise_scale=0)
     observations = np.zeros((5, 3), dtype=np.float32)
-    features = th.zeros(5, 3)
+    features, sampler = th.zeros(5, 3), model.policy.samplers["behaviour"]
     first = model.predict(observations)[0]
     assert not np.allclose(first[0], first[1])
     start = th.randn(5, 2)
     with th.no_grad():
-        assert th.equal(model.actor.sample(features, initial_noise=start), model.actor.sample(features, initial_noise=start))
-        same = model.actor.sample(features, initial_noise=start[:1].expand(5, 2))
+        assert th.equal(*(model.actor.sample(features, start, sampler=sampler) for _ in range(2)))
+        same = model.actor.sample(features, start[:1].expand(5, 2), sampler=sampler)
     th.testing.assert_close(same, same[:1].expand(5, 2))
 
 
@@ -370,7 +380,7 @@ def steps_of(policy: DIPOPolicy) -> dict[str, int]:
             ("target", policy.actor_target, False),
         ]:
             with noise_predictions(actor.noise_network) as calls:
-                actor(observations, deterministic)
+                actor(observations, deterministic, policy.samplers[use])
             assert set(calls) == {4}
             counts[use] = len(calls)
     return counts
@@ -389,27 +399,9 @@ def test_set_sampler_for_each_use(tmp_path: pathlib.Path) -> None:
     expected = {"behaviour": 5, "target": 3, "evaluation": 2}
     assert steps_of(policy) == expected
     settings = {
-        "behaviour": {
-            "solver": "ddim",
-            "num_inference_steps": 5,
-            "timestep_spacing": "linspace",
-            "eta": 0.5,
-            "noise_scale": 1.0,
-        },
-        "target": {
-            "solver": "dpmpp_2m",
-            "num_inference_steps": 3,
-            "timestep_spacing": "linspace",
-            "eta": 0.0,
-            "noise_scale": 0.25,
-        },
-        "evaluation": {
-            "solver": "ddpm",
-            "num_inference_steps": 2,
-            "timestep_spacing": "linspace",
-            "eta": 0.0,
-            "noise_scale": 0.0,
-        },
+        "behaviour": Sampler(solver="ddim", num_inference_steps=5, eta=0.5),
+        "target": Sampler(solver="dpmpp_2m", num_inference_steps=3, noise_scale=0.25),
+        "evaluation": Sampler(solver="ddpm", num_inference_steps=2, noise_scale=0.0),
     }
     assert policy.samplers == settings
 
@@ -420,7 +412,7 @@ def test_set_sampler_for_each_use(tmp_path: pathlib.Path) -> None:
         noise_predictions(model.actor.noise_network) as of_actor,
     ):
         model.train(2, 8)
-    assert (len(of_target), len(of_actor)) == (6, 0)
+    assert (len(of_target), len(of_actor)) == (6, 2)  # the target samples, the actor's loss predicts once
     with noise_predictions(model.actor.noise_network) as of_actor:
         model.predict(np.zeros((1, 3), dtype=np.float32))
         assert len(of_actor) == 5
@@ -470,10 +462,11 @@ def test_set_sampler_of_the_ablations(actor: str, tmp_path: pathlib.Path) -> Non
     np.testing.assert_array_equal(model.predict(observations)[0], modes(model, observations))
     features = th.zeros(5, 3)
     with th.no_grad():
-        assert not th.equal(model.actor_target.sample(features), model.actor_target.sample(features))
+        drawn = [model.actor_target.sample(features, sampler=model.policy.samplers["target"]) for _ in range(2)]
+    assert not th.equal(*drawn)
     model.save(tmp_path / "model")
     assert DIPO.load(tmp_path / "model").policy.samplers == model.policy.samplers
-    assert model.policy.samplers["behaviour"] == {"noise_scale": 0.0}
+    assert [model.policy.samplers[use].noise_scale for use in ("behaviour", "target", "evaluation")] == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -501,10 +494,10 @@ def test_set_sampler_of_the_ablations(actor: str, tmp_path: pathlib.Path) -> Non
 def test_wrong_settings_of_a_sampler_change_nothing(changes: dict[str, Any], name: str) -> None:
     model = small_dipo()
     model.policy.set_sampler("target", solver="ddim", num_inference_steps=2)
-    before = deepcopy(model.policy.samplers)
+    before = dict(model.policy.samplers)
     with pytest.raises(ValueError, match=name):
         model.policy.set_sampler(**changes)
-    assert model.policy.samplers == before == model.samplers
+    assert model.policy.samplers == before
     assert steps_of(model.policy) == {"behaviour": 5, "target": 2, "evaluation": 5}
     model.learn(15)
 
@@ -528,7 +521,9 @@ def test_loading_with_other_n_step_returns(tmp_path: pathlib.Path) -> None:
     model = DIPO.load(tmp_path / "model", env=TinyEnv(), n_steps=5, gamma=0.5)
     assert n_step_settings(model) == (5, 0.5)
     assert n_step_settings(DIPO.load(tmp_path / "model", env=TinyEnv())) == (3, 0.9)
-    assert n_step_settings(DIPO.load(tmp_path / "model", env=TinyEnv(), n_steps=1)) == (1, 0.9)
+    assert type(DIPO.load(tmp_path / "model", env=TinyEnv(), n_steps=1).replay_buffer) is DIPOReplayBuffer
+    small_dipo(gamma=0.9).save(tmp_path / "single")
+    assert n_step_settings(DIPO.load(tmp_path / "single", env=TinyEnv(), n_steps=4)) == (4, 0.9)
 
 
 def test_replay_buffer_with_other_n_step_returns_is_refused(tmp_path: pathlib.Path) -> None:
@@ -552,7 +547,7 @@ def test_replay_buffer_with_other_n_step_returns_is_refused(tmp_path: pathlib.Pa
 
 @pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
 def test_an_actor_is_saved_and_loaded_alone(actor: str, tmp_path: pathlib.Path) -> None:
-    model = small_dipo(policy_kwargs={"actor": actor})
+    model = small_dipo(policy_kwargs={"actor": actor}, accelerate="off")  # as an actor alone computes
     model.actor.save(str(tmp_path / "actor.pth"))
     loaded = type(model.actor).load(str(tmp_path / "actor.pth"), device="cpu")
     observations = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -563,10 +558,52 @@ def test_an_actor_is_saved_and_loaded_alone(actor: str, tmp_path: pathlib.Path) 
         assert np.array_equal(loaded.predict(observations, deterministic=deterministic)[0], expected)
 
 
+class ShiftedActor(MLPActor):
+    """Actions that lie to one side, by an option of its own."""
+
+    options = (*MLPActor.options, "shift")  # type: ignore[assignment, unused-ignore]
+
+    def __init__(self, *args: Any, shift: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.shift = shift
+
+    def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
+        return (super().deterministic_action(features, sampler) + self.shift).clamp(-1, 1)
+
+
+class HuberCritic(EnsembleCritic):
+    """Another loss, by an option of its own."""
+
+    options = (*EnsembleCritic.options, "beta")  # type: ignore[assignment, unused-ignore]
+
+    def __init__(self, *args: Any, beta: float = 1.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.beta = beta
+
+    def loss(self, obs: Any, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        super().loss(obs, actions, targets)
+        return sum((th.nn.functional.smooth_l1_loss(q, targets, beta=self.beta) for q in self(obs, actions)), th.zeros(()))
+
+
+def test_actor_and_critic_of_ones_own(tmp_path: pathlib.Path) -> None:
+    options = {"actor": ShiftedActor, "critic": HuberCritic, "shift": 2.0, "beta": 0.5, "noise_std": 0.2, "n_critics": 3}
+    model = small_dipo(policy_kwargs=options)
+    model.learn(20)
+    model.save(tmp_path / "model")
+    model.policy.save(str(tmp_path / "policy.pkl"))
+    for policy in (model.policy, DIPO.load(tmp_path / "model").policy, DIPOPolicy.load(str(tmp_path / "policy.pkl"))):
+        assert isinstance(policy.actor, ShiftedActor) and isinstance(policy.critic, HuberCritic)
+        assert (policy.actor.shift, policy.actor.noise_std, policy.critic.beta, policy.critic.n_critics) == (2.0, 0.2, 0.5, 3)
+        assert isinstance(policy.actor_target, ShiftedActor) and isinstance(policy.critic_target, HuberCritic)
+        assert (modes(policy, some_observations(model)) > 0.9).all()
+    with pytest.raises(TypeError, match="'shift'"):
+        small_dipo(policy_kwargs={"actor": "mlp", "shift": 1.0})
+
+
 def test_samplers_of_some_uses_are_enough() -> None:
     model = small_dipo(policy_kwargs={"samplers": {"evaluation": {"solver": "ddim", "num_inference_steps": 2}}})
-    assert model.policy.samplers["evaluation"]["solver"] == "ddim"
-    assert model.policy.samplers["behaviour"]["solver"] == "ddpm"
+    assert model.policy.samplers["evaluation"] == Sampler(solver="ddim", num_inference_steps=2, noise_scale=0.0)
+    assert model.policy.samplers["behaviour"] == model.policy.samplers["target"] == Sampler()
 
 
 def test_a_shorter_process_on_load_takes_all_its_steps(tmp_path: pathlib.Path) -> None:

@@ -1,10 +1,6 @@
 """State visits are those of the same episodes for all, and the area does not depend on how many states there are."""
 
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,73 +9,49 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
-from helpers import EXAMPLES, finish, start_example
-from stable_baselines3.common.env_util import make_vec_env
+from processes import PAPER, Scripts
+from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.noise import NormalActionNoise
+
+from sb3_dipo import DIPO
 
 ENV = "Hopper-v5"  # untrained, it falls soon
 FILES = {f"{ENV}.csv", f"{ENV}.md", f"{ENV}.png"}
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import state_visits
-
-        yield state_visits
-        for name in ("state_visits", "experiments"):
-            sys.modules.pop(name, None)
-
-
-def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    return start_example("state_visits.py", "--env", ENV, *arguments, cwd=cwd)
+def script() -> Any:
+    return importlib.import_module("state_visits")
 
 
 @pytest.mark.slow
-def test_quick_and_once_more(tmp_path: Path) -> None:
-    printed = finish(start("--quick", "--out", "here", cwd=tmp_path))
+def test_quick_and_once_more(scripts: Scripts, tmp_path: Path) -> None:
+    quick = ("--quick", "--envs", ENV, "--algorithms", "dipo_paper", "td3", "--out", "here")
+    printed = scripts.run(PAPER / "state_visits.py", *quick, cwd=tmp_path)
     out = tmp_path / "here"
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     assert {path.name for path in out.iterdir()} - {"warnings.log"} == FILES | {ENV}
     assert 10_000 < (out / f"{ENV}.png").stat().st_size < 200 * 1024
     table = pd.read_csv(out / f"{ENV}.csv")
-    assert list(table.algorithm) == [name for name in ("dipo", "sac", "td3", "ppo") for _ in range(2)]
-    assert list(table.step) == [200, 400] * 4
-    assert (table.drawn == 100).all() and (table.visited > 100).all()
+    assert list(table.algorithm) == ["dipo_paper"] * 2 + ["td3"] * 2
+    assert list(table.step) == [200, 400] * 2
+    assert (table.drawn > 50).all() and (table.drawn <= 200).all() and (table.visited >= table.drawn).all()
     for plane in ("tsne", "pca"):
         assert (table[plane] > 0).all() and (table[f"{plane}_so_far"] >= table[plane]).all()
         assert (table[f"{plane}_so_far"] == table[plane])[::2].all()
     first, last = table.iloc[0], table.iloc[1]
     areas = (first.tsne, last.tsne, last.tsne_so_far, first.pca, last.pca, last.pca_so_far)
     cells = [f"{one.mean_return:,.0f}" for one in (first, last)] + [f"{share:.1%}" for share in areas]
-    assert f"| DIPO | {' | '.join(cells)} |" in (out / f"{ENV}.md").read_text()
-    assert f"--env {ENV} --steps 400 --every 200" in printed
+    assert f"| DIPO, paper's setting | {' | '.join(cells)} |" in (out / f"{ENV}.md").read_text()
+    assert f"`python examples/paper/state_visits.py {' '.join(quick)}`" in printed
 
-    times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/*[0-9].*")}
-    assert len(times) == 16
+    kept = [*out.rglob("snapshots/*.zip"), *out.rglob("visits-*.npz")]
+    assert len(kept) == 8
+    times = {path: path.stat().st_mtime_ns for path in kept}
     content = {name: (out / name).read_bytes() for name in FILES}
-    finish(start("--quick", "--out", "here", cwd=tmp_path))
-    assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/*[0-9].*")}  # nothing trained or played again
+    scripts.run(PAPER / "state_visits.py", *quick, cwd=tmp_path)
+    assert times == {path: path.stat().st_mtime_ns for path in kept}  # nothing trained or played again
     assert content == {name: (out / name).read_bytes() for name in FILES}
-
-
-@pytest.mark.slow
-def test_goes_on_after_kill_9(tmp_path: Path) -> None:
-    few = ("--algorithms", "td3", "--steps", "1300", "--every", "100", "--learning-starts", "1100", "--states", "300")
-    process = start(*few, "--out", "cut", cwd=tmp_path)
-    while not any((tmp_path / "cut").rglob("manifest.json")):  # after 1,000 steps
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not any((tmp_path / "cut").rglob("1300.zip"))
-    for out in ("whole", "cut"):
-        finish(start(*few, "--out", out, cwd=tmp_path))
-    for name in FILES:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    # none before the random steps are over
-    assert list(pd.read_csv(tmp_path / "cut" / f"{ENV}.csv").step) == [1_100, 1_200, 1_300]
 
 
 def test_area_of_known_points(script: Any) -> None:
@@ -126,15 +98,23 @@ def play(model: Any) -> tuple[list[np.ndarray], list[float]]:
 def test_visits(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All algorithms start from the same states, each episode counts to its end, and TD3 has its noise."""
     monkeypatch.chdir(tmp_path)  # where MuJoCo writes
+    small: dict[str, Any] = dict(env=ENV, seed=0, device="cpu")
+    noise = NormalActionNoise(np.zeros(3), np.full(3, 0.1))
+    agents = dict(
+        dipo=DIPO("MlpPolicy", policy_kwargs=dict(net_arch=[8], num_train_timesteps=3), **small),
+        sac=SAC("MlpPolicy", policy_kwargs=dict(net_arch=[8]), **small),
+        td3=TD3("MlpPolicy", policy_kwargs=dict(net_arch=[8]), action_noise=noise, **small),
+        ppo=PPO("MlpPolicy", policy_kwargs=dict(net_arch=[8]), n_steps=64, **small),
+    )
+
+    def run(name: str, model: Any) -> Any:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return SimpleNamespace(results=tmp_path / name, env=ENV, agent=lambda step: model)
+
     found = {}
-    for name in ("dipo", "sac", "td3", "ppo"):
-        tiny = dict(policy_kwargs=dict(net_arch=[8], **(dict(num_train_timesteps=3) if name == "dipo" else {})))
-        training = script.Training(tmp_path / name, name, ENV, 0, (1, 2), 0, tiny)
-        training.folder.mkdir()
-        training.new_agent(make_vec_env(ENV, seed=0)).save(training.path(1))
-        found[name] = script.visits(training, 1)
-        training.path(1).rename(training.path(2))
-        again, kept = script.visits(training, 2), script.visits(training, 1)  # which needs no agent any more
+    for name, model in agents.items():
+        found[name] = script.visits(run(name, model), 1)
+        again, kept = script.visits(run(name, model), 2), script.visits(run(name, None), 1)  # which needs no agent any more
         for one in (again, kept):
             np.testing.assert_array_equal(one[0], found[name][0])
             np.testing.assert_array_equal(one[1], found[name][1])
@@ -142,14 +122,13 @@ def test_visits(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all((one == starts[0]).all() for one in starts) and len(np.unique(starts[0], axis=0)) == 10
     assert len({returns.mean() for _, returns in found.values()}) == 4
 
-    td3 = script.Training(tmp_path / "td3", "td3", ENV, 0, (2,), 0).agent(2)
+    td3: Any = agents["td3"]
     episodes, returns = play(td3)
     assert not np.allclose(found["td3"][1], returns, atol=1e-2)
-    still = NormalActionNoise(np.zeros(3), np.zeros(3))
-    for number, model in enumerate((td3, SimpleNamespace(predict=lambda states, **_: (np.zeros((len(states), 3)), None)))):
-        td3.action_noise = still
-        training = SimpleNamespace(folder=tmp_path, env_id=ENV, agent=lambda step, model=model: model)
-        visited, gained = script.visits(training, number)
+    td3.action_noise = NormalActionNoise(np.zeros(3), np.zeros(3))
+    still: Any = SimpleNamespace(predict=lambda states, **_: (np.zeros((len(states), 3)), None))
+    for name, model in (("quiet", td3), ("still", still)):
+        visited, gained = script.visits(run(name, model), 1)
         episodes, returns = play(model)
         together = [episode[step] for step in range(1_000) for episode in episodes if step < len(episode)]
         np.testing.assert_allclose(visited, together, atol=1e-4)
@@ -159,8 +138,8 @@ def test_visits(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert not deterministic
         return np.random.uniform(-1, 1, (len(states), 3)), None
 
-    training = SimpleNamespace(folder=tmp_path, env_id=ENV, agent=lambda step: SimpleNamespace(predict=draw))
-    np.testing.assert_array_equal(script.visits(training, 3)[0], script.visits(training, 4)[0])
+    drawing = run("drawing", SimpleNamespace(predict=draw))
+    np.testing.assert_array_equal(script.visits(drawing, 3)[0], script.visits(drawing, 4)[0])
 
 
 def test_planes(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +165,7 @@ def test_planes(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_snapshot_is_an_error(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["state_visits.py", "--steps", "5000", "--every", "2500"])
+    monkeypatch.setattr("sys.argv", ["state_visits.py", "--steps", "5000", "--every", "2500"])
     with pytest.raises(SystemExit):
         script.main()
     assert "there is no snapshot" in capsys.readouterr().err

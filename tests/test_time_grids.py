@@ -111,17 +111,11 @@ def timesteps_of(policy: DIPOPolicy, which: str = "behaviour") -> list[int]:
     """The timesteps that the actor asks its network for, in order."""
     asked: list[int] = []
     actor: Any = policy.actor
-    bind = actor.noise_network.bind
-
-    def spy(features: th.Tensor, timesteps: th.Tensor, *args: Any) -> Any:
-        asked.extend(timesteps.tolist())
-        return bind(features, timesteps, *args)
-
-    actor.noise_network.bind = spy
+    hook = actor.noise_network.register_forward_pre_hook(lambda network, inputs: asked.extend(inputs[1].tolist()))
     try:
-        actor.sample(th.zeros(1, actor.features_dim), which=which)
+        actor.sample(th.zeros(1, actor.features_dim), sampler=policy.samplers[which])
     finally:
-        del actor.noise_network.bind
+        hook.remove()
     return asked
 
 
@@ -157,7 +151,7 @@ def test_other_spacings_are_refused_by_name(value: Any) -> None:
     policy = small_dipo().policy
     with pytest.raises(ValueError, match=match):
         policy.set_sampler(timestep_spacing=value)
-    assert policy.samplers["behaviour"]["timestep_spacing"] == "linspace"  # unchanged
+    assert policy.samplers["behaviour"].timestep_spacing == "linspace"  # unchanged
 
 
 def test_saving_keeps_the_grid(tmp_path: Path) -> None:
@@ -171,12 +165,14 @@ def test_saving_keeps_the_grid(tmp_path: Path) -> None:
         assert timesteps_of(policy, "evaluation") == GRIDS["linspace"]
 
 
-def test_settings_saved_before_there_were_grids_still_load(tmp_path: Path) -> None:
+def test_settings_saved_before_there_were_grids_still_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_dipo(policy_kwargs=FEW)
-    for settings_of_use in model.policy.samplers.values():
+    saved = model.policy.sampler_settings()
+    for settings_of_use in saved.values():
         del settings_of_use["timestep_spacing"]
+    monkeypatch.setattr(model.policy, "sampler_settings", lambda: saved)
     model.save(tmp_path / "model")
     model.policy.save(str(tmp_path / "policy.pkl"))
     for policy in (DIPO.load(tmp_path / "model").policy, DIPOPolicy.load(str(tmp_path / "policy.pkl"))):
         assert timesteps_of(policy) == GRIDS["linspace"]
-        assert {settings_of_use["timestep_spacing"] for settings_of_use in policy.samplers.values()} == {"linspace"}
+        assert {sampler.timestep_spacing for sampler in policy.samplers.values()} == {"linspace"}

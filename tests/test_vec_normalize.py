@@ -207,10 +207,10 @@ def test_the_action_gradient_and_the_loss_use_what_the_critic_learned_from(monke
 
         monkeypatch.setattr(network, name, watched)
 
-    watch(model.critic, "bind")
+    watch(model.critic, "objective")
     watch(model.actor, "extract_features")
     drawn = minibatches(model, monkeypatch)
-    assert set(given) == {"bind", "extract_features"}
+    assert set(given) == {"objective", "extract_features"}
     for observations in given.values():
         assert th.equal(observations, drawn["sample_improved"].observations)
 

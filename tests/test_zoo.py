@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import pathlib
 import pickle
@@ -40,7 +41,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 import sb3_dipo
 import sb3_dipo.zoo.__main__
-from sb3_dipo import DIPO, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo import DIPO, RECOMMENDED, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
 from sb3_dipo.zoo import MODULES, convert_dipo_params, register, sample_dipo_params
 
 # Nothing new where the start-up file has done it; where that is switched off, the tests run all the same
@@ -59,7 +60,7 @@ class SickEnv(TinyEnv):
 
 
 ENVS: dict[str, Any] = {"Tiny-v0": TinyEnv, "Goal-v0": GoalEnv, "Sick-v0": SickEnv}
-YAML = pathlib.Path(__file__).parent.parent / "hyperparams" / "dipo.yml"
+YAML, PAPER = (pathlib.Path(__file__).parent.parent / "hyperparams" / f"{name}.yml" for name in ("dipo", "dipo_paper"))
 TINY: dict[str, Any] = {
     "n_timesteps": 60,
     "learning_starts": 20,
@@ -207,9 +208,15 @@ OTHERS = [
 ]
 
 
-def entries() -> dict[str, dict[str, Any]]:
-    loaded: dict[str, dict[str, Any]] = yaml.safe_load(YAML.read_text())
+def entries(file: pathlib.Path = YAML) -> dict[str, dict[str, Any]]:
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load(file.read_text())
     return loaded
+
+
+def given_to_dipo(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry gives to DIPO's constructor; and the policy's arguments in the place of their text."""
+    given = {name: value for name, value in entry.items() if name not in ("n_timesteps", "policy")}
+    return {**given, "policy_kwargs": eval(entry["policy_kwargs"])}
 
 
 def experiment(env: str, hyperparams: dict[str, Any] | None = None, algo: str = "dipo", **kwargs: Any) -> ExperimentManager:
@@ -254,7 +261,7 @@ def test_entry_builds_an_agent(env: str, capsys: pytest.CaptureFixture[str]) -> 
     assert model.actor.num_train_timesteps == policy_kwargs["num_train_timesteps"]
 
 
-# Tables 2 and 3 of the paper: gradient norm, action gradient norm ratio, action gradient steps, target interval
+# Table 3 of the paper: gradient norm, action gradient norm ratio, action gradient steps, target interval
 TABLE_3 = {
     "Hopper": (1.0, 0.3, 20, 1),
     "Walker2d": (2.0, 0.08, 20, 1),
@@ -265,9 +272,11 @@ TABLE_3 = {
 
 
 @pytest.mark.parametrize("env", MUJOCO)
-def test_tasks_of_the_paper_have_its_values(env: str) -> None:
-    entry = entries()[env]
+@pytest.mark.parametrize("file", [YAML, PAPER], ids=["recommended", "paper"])
+def test_tasks_of_the_paper_have_its_values(file: pathlib.Path, env: str) -> None:
+    entry = entries(file)[env]
     max_grad_norm, ratio, steps, interval = TABLE_3[env.split("-")[0]]
+    action_lr, steps, length = (0.03, steps, 100) if file == PAPER else (0.12, steps // 4, 20)
     assert entry == {
         "n_timesteps": 1e6,
         "policy": "MlpPolicy",
@@ -279,18 +288,60 @@ def test_tasks_of_the_paper_have_its_values(env: str) -> None:
         "gamma": 0.99,
         "train_freq": 1,
         "gradient_steps": 1,
-        "action_lr": 0.03,
+        "action_lr": action_lr,
         "action_gradient_steps": steps,
         "action_grad_norm_ratio": ratio,
         "max_grad_norm": max_grad_norm,
         "actor_target_update_interval": interval,
-        "policy_kwargs": "dict(net_arch=[256, 256, 256], num_train_timesteps=100, beta_schedule='cosine')",
+        "policy_kwargs": f"dict(net_arch=[256, 256, 256], num_train_timesteps={length}, beta_schedule='cosine')",
     }
 
 
-@pytest.mark.parametrize("env", entries())
-def test_entry_says_whether_it_was_trained(env: str) -> None:
-    comment = re.search(rf"((?:^#.*\n)+){re.escape(env)}:", YAML.read_text(), re.MULTILINE)
+def test_the_paper_s_entries_are_its_tasks_and_the_default() -> None:
+    assert set(entries(PAPER)) == {*MUJOCO, "default"}
+
+
+def test_recommended_is_the_default() -> None:
+    """Of dipo.yml; and what it does not name has DIPO's own defaults, which are the paper's."""
+    ours, paper = (given_to_dipo(entries(file)["default"]) for file in (YAML, PAPER))
+    policy_kwargs = {**paper["policy_kwargs"], **RECOMMENDED["policy_kwargs"]}
+    assert ours == {**paper, **RECOMMENDED, "policy_kwargs": policy_kwargs}
+    defaults = inspect.signature(DIPO).parameters
+    for name, value in paper.items():
+        if name != "policy_kwargs":
+            assert defaults[name].default == value, name
+
+    before = str(RECOMMENDED)
+    model, plain = (DIPO("MlpPolicy", TinyEnv(), device="cpu", **given) for given in (RECOMMENDED, {}))
+    assert model.actor.num_train_timesteps == 20 and (model.action_lr, model.action_gradient_steps) == (0.12, 5)
+    assert str(RECOMMENDED) == before, "SB3 has written into it"
+    explicit = DIPO("MlpPolicy", TinyEnv(), device="cpu", seed=0, policy_kwargs=paper["policy_kwargs"])
+    assert plain.actor.num_train_timesteps == explicit.actor.num_train_timesteps == 100
+    assert str(plain.policy) == str(explicit.policy)
+
+
+def test_what_was_trained_keeps_its_values() -> None:
+    """The returns in the comments belong to them."""
+    differ = {
+        env: {name: value for name, value in entries()[env].items() if entries()["default"].get(name) != value}
+        for env in ("Pendulum-v1", "sb3_dipo/MultiGoal-v0")
+    }
+    assert differ == {
+        "Pendulum-v1": dict(n_timesteps=20_000, learning_starts=1_000, action_lr=0.03, action_gradient_steps=10),
+        "sb3_dipo/MultiGoal-v0": dict(n_timesteps=11_000, learning_starts=1_000, action_lr=0.03, action_gradient_steps=20),
+    }
+
+
+def test_the_paper_s_hyper_parameters_by_the_name_of_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    manager = experiment("HalfCheetah-v5", {"buffer_size": 100}, config="sb3_dipo.hyperparams.dipo_paper")
+    model = set_up(manager)
+    assert "Loading hyperparameters from: sb3_dipo.hyperparams.dipo_paper" in capsys.readouterr().out
+    assert model.actor.num_train_timesteps == 100 and (model.action_lr, model.action_gradient_steps) == (0.03, 40)
+
+
+@pytest.mark.parametrize(("file", "env"), [(file, env) for file in (YAML, PAPER) for env in entries(file)])
+def test_entry_says_whether_it_was_trained(file: pathlib.Path, env: str) -> None:
+    comment = re.search(rf"((?:^#.*\n)+){re.escape(env)}:", file.read_text(), re.MULTILINE)
     assert comment is not None, "a comment must stand right above"
     assert re.search(r"Not trained|[Rr]eturn.*-?\d", comment[1])
 

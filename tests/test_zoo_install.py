@@ -307,10 +307,11 @@ def test_distributions(dist: Path) -> None:
         names = {name for name in installed.namelist() if ".dist-info/" not in name}
         for name in startup:
             assert installed.read(name) == (STARTUP / name).read_bytes()
-        assert installed.read("sb3_dipo/hyperparams/dipo.yml") == (ROOT / "hyperparams" / "dipo.yml").read_bytes()
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_dipo").rglob("*.py") if path.parent != STARTUP}
-    files = {"py.typed", "kernels.cpp", "hyperparams/__init__.py", "hyperparams/dipo.yml"}
-    assert names == startup | modules | {f"sb3_dipo/{name}" for name in files}
+        for name in ("dipo.yml", "dipo_paper.yml"):
+            assert installed.read(f"sb3_dipo/hyperparams/{name}") == (ROOT / "hyperparams" / name).read_bytes()
+    files = {path.relative_to(ROOT) for path in (ROOT / "sb3_dipo").rglob("*") if path.is_file() and path.parent != STARTUP}
+    files |= {Path("sb3_dipo", path.relative_to(ROOT)) for path in (ROOT / "hyperparams").iterdir() if path.is_file()}
+    assert names == startup | {path.as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -42,7 +42,7 @@ class SolverTable:
     :param steps: the rows, in order of use; the last one ends at the clean action
     """
 
-    timesteps: tuple[int, ...] | tuple[float, ...]
+    timesteps: tuple[Any, ...]
     steps: tuple[Step, ...]
 
     def timesteps_on(self, device: th.device, dtype: th.dtype) -> th.Tensor:

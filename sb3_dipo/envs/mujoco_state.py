@@ -11,11 +11,14 @@ from gymnasium.envs.mujoco import MujocoEnv
 class MujocoState(gym.Wrapper[Any, Any, Any, Any]):
     """
     Gives Gymnasium's MuJoCo tasks ``get_env_state()`` and ``set_env_state(state)``, so that a running episode continues from
-    a checkpoint (:func:`sb3_dipo.save_checkpoint`) to the bit. It holds all of MuJoCo's data, about 700 kB: positions and
-    velocities alone leave out what the solver starts from, and what observations read from the step before.
+    a checkpoint (:func:`sb3_dipo.save_checkpoint`) to the bit. It may be put inside or outside other wrappers, whose states
+    are saved apart from it.
+
+    A state holds all of MuJoCo's data, about 700 kB. Positions and velocities alone are not enough: they leave out what the
+    solver starts from, and what some observations read from the step before.
 
     :param env: a task of ``gymnasium.envs.mujoco``, or one that is made in the same way
-    :raises ValueError: if it is none
+    :raises ValueError: if it is another environment
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -25,7 +28,7 @@ class MujocoState(gym.Wrapper[Any, Any, Any, Any]):
         self.task = env.unwrapped
 
     def get_env_state(self) -> tuple[bytes, dict[str, Any]]:
-        """MuJoCo's data, pickled, and the state of the environment's random generator."""
+        """Return MuJoCo's data, pickled, and the state of the environment's random generator."""
         return pickle.dumps(self.task.data), dict(self.task.np_random.bit_generator.state)
 
     def set_env_state(self, state: tuple[bytes, dict[str, Any]]) -> None:

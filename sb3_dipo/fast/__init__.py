@@ -10,8 +10,8 @@ from typing import Any
 
 import torch as th
 
-from sb3_dipo.fast.cuda_graphs import CapturableGuard, CudaGraphs
 from sb3_dipo.buffers import DIPOReplayBuffer
+from sb3_dipo.fast.cuda_graphs import CapturableGuard, CudaGraphs
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
 from sb3_dipo.fast.guard import FusedGuard
 from sb3_dipo.fast.kernels import KernelError, load_kernels

@@ -233,7 +233,7 @@ class CudaGraphs:
 
 def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_target: bool) -> Hashable:
     """All that an update depends on and that may change between two, as a value or by moving in memory."""
-    names = ("gamma", "tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm")
+    names: tuple[str, ...] = ("gamma", "tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm")
     names += ("persist_improved_actions", "max_action_shift", "action_gradient_start")
     settings = (*(getattr(model, name) for name in names), *model.policy.samplers.values())
     optimizers = [

@@ -1,6 +1,7 @@
 """
-Replay in the training device's own memory. Drawing, gathering, normalising and writing back neither wait for the host nor
-depend on a number that it knows, so a CUDA graph can hold them and be replayed while the buffer fills.
+Replay in the training device's own memory. To draw, gather, normalise and write back, the device neither waits for the host
+nor uses a number that only the host knows. A CUDA graph can therefore hold these steps, and be replayed while the buffer
+fills.
 """
 
 import math
@@ -11,7 +12,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -24,8 +24,8 @@ COLUMNS = ("observations", "next_observations", "actions", "rewards", "dones", "
 class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
     """
     A :class:`~sb3_dipo.buffers.DIPOReplayBuffer` whose storage is one float32 tensor on ``device``, (rows, n_envs, width);
-    ``observations``, ``actions`` and the other arrays of SB3's buffer are views of its columns. Minibatches are drawn by
-    torch's default generator of that device. Allocated at the first ``add()``; pickled as a NumPy array.
+    ``observations``, ``actions`` and the other arrays of SB3's buffer are views of its columns. Torch's default generator of
+    that device draws the minibatches. The storage is pickled as a NumPy array of the filled rows.
 
     :param buffer_size: transitions to hold, of all environments together
     :param observation_space: a Box of floats, of any shape; they are kept in float32
@@ -44,7 +44,7 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
     dones: th.Tensor  # type: ignore[assignment]
     timeouts: th.Tensor  # type: ignore[assignment]
     improved_actions: th.Tensor  # type: ignore[assignment]
-    # mean, standard deviation and bound of each column, (3, width)
+    # Of each column, (4, width): its mean as the sum of two float32 numbers, its standard deviation, and its bound.
     _statistics: th.Tensor | None = None
 
     def __init__(
@@ -62,16 +62,19 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
         for name, space in (("observation_space", observation_space), ("action_space", action_space)):
             if not _is_float_box(space):
                 raise ValueError(f"`{name}` must be a Box of floats with {type(self).__name__}, not {space}.")
+        # SB3 allocates one row on the host, whose place the storage on the device takes
         super().__init__(
-            buffer_size,
+            1,
             observation_space,
             action_space,
             device=device,
             n_envs=n_envs,
             handle_timeout_termination=handle_timeout_termination,
         )
+        self.buffer_size = max(buffer_size // n_envs, 1)
         self._shapes = _column_shapes(observation_space, action_space)
         self._width = sum(map(math.prod, self._shapes.values()))
+        self._take(self._empty_storage())
 
     @property
     def device(self) -> th.device:
@@ -103,11 +106,9 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
         :param done: (n_envs,)
         :param infos: of each environment; ``TimeLimit.truncated`` tells an end by a time limit
         """
-        if self._pending is not None:
-            self._make_storage()
         timeouts = [self.handle_timeout_termination and info.get("TimeLimit.truncated", False) for info in infos]
         columns = (obs, next_obs, action, reward, done, timeouts, action)
-        packed = self._staging(self.n_envs, th.float32)
+        packed = self._staging(self.n_envs)
         parts = [np.reshape(column, (self.n_envs, -1)) for column in columns]
         np.concatenate(parts, axis=1, out=packed.numpy(), casting="unsafe")
         self._storage[self.pos].copy_(packed, non_blocking=True)
@@ -119,19 +120,13 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
         self._n_rows.fill_(self.size())
 
     def reset(self) -> None:
-        """Forget all transitions, as SB3."""
+        """Forget all transitions, as SB3 does."""
         super().reset()
-        if self._pending is None:
-            self._n_rows.fill_(0)
-
-    def reset_improved(self) -> None:
-        """Forget all improvements: improved actions become a copy of the actions taken."""
-        if self._pending is None:
-            self.improved_actions.copy_(self.actions)
+        self._n_rows.fill_(0)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
-        Draw a minibatch for the critics.
+        Draw a minibatch for the critics, as SB3 does.
 
         :param batch_size: number of transitions to draw, with replacement
         :param env: to normalise observations and rewards with, by the statistics of the last :meth:`refresh_statistics`
@@ -142,34 +137,26 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
         """
-        Draw a minibatch for the action gradient, independent of the critics'.
+        As :meth:`ImprovedActionsMixin.sample_improved`, but ``rows`` and ``envs`` are tensors on the device, and ``env``
+        normalises by the statistics of the last :meth:`refresh_statistics`.
 
-        :param batch_size: number of transitions to draw, with replacement
-        :param env: to normalise observations with, by the statistics of the last :meth:`refresh_statistics`
-        :return: tensors on the device, ``rows`` and ``envs`` int64
         :raises ValueError: if the buffer is empty
         """
         rows, envs = self._draw_places(batch_size)
         columns = self._columns_at(rows, envs, env)
-        return ImprovedSamples(columns["observations"], columns["improved_actions"], rows, envs)
+        return ImprovedSamples(columns["observations"], columns["actions"], columns["improved_actions"], rows, envs)
 
     def update_improved(
         self, rows: np.ndarray | th.Tensor, envs: np.ndarray | th.Tensor, actions: th.Tensor | np.ndarray
     ) -> None:
-        """
-        Write improved actions back to where they came from; of a place that was drawn twice the last is kept.
-
-        :param rows: rows of the buffer, (batch_size,); those of -1 are skipped
-        :param envs: environments, (batch_size,)
-        :param actions: in [-1, 1], (batch_size, action_dim)
-        """
-        rows, envs = th.as_tensor(rows, device=self.device), th.as_tensor(envs, device=self.device)
+        """As :meth:`ImprovedActionsMixin.update_improved`; ``rows`` and ``envs`` may be tensors."""
+        rows, envs = (th.as_tensor(places, dtype=th.int64, device=self.device) for places in (rows, envs))
         actions = th.as_tensor(actions, dtype=th.float32, device=self.device).detach()
         skipped = rows < 0
-        # what is skipped goes to place 0, where it loses to any other
+        # what is skipped goes to place 0, where any other writer has precedence
         places = (rows * self.n_envs + envs).masked_fill(skipped, 0)
-        order = th.arange(len(rows), device=self.device).masked_fill(skipped, -1)
-        # all writers of a place write the last one's action, so it does not matter which of them the device lets win
+        order = th.arange(len(rows), dtype=th.int64, device=self.device).masked_fill(skipped, -1)
+        # all writers of a place write the last one's action, so it does not matter which of them the device takes
         self._last_writer.index_fill_(0, places, -1).scatter_reduce_(0, places, order, "amax")
         last = self._last_writer.index_select(0, places)
         improved = self.improved_actions.view(-1, self.action_dim)
@@ -179,25 +166,25 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
     def refresh_statistics(self, env: VecNormalize | None) -> None:
         """
         Copy the normalisation's statistics to the device, for the minibatches to come. Call it before updates, outside of a
-        captured graph; sampling does it by itself only if it was never done.
+        captured graph; sampling calls it by itself only if it was never called.
 
-        :param env: as :meth:`sample` is given; None does nothing
+        :param env: what :meth:`sample` is given; None does nothing
         """
         if env is None:
             return
-        statistics = self._staging(3, th.float64)
-        # those that change nothing
-        statistics.copy_(th.tensor([[0.0], [1.0], [math.inf]]))
-        columns = self._split(statistics)
-        if env.norm_obs:
-            assert isinstance(env.obs_rms, RunningMeanStd)
-            for name in ("observations", "next_observations"):
-                columns[name][0] = th.as_tensor(env.obs_rms.mean)
-                columns[name][1] = th.as_tensor(np.sqrt(env.obs_rms.var + env.epsilon))
-                columns[name][2] = env.clip_obs
+        statistics = self._staging(4)
+        columns = {name: part.numpy() for name, part in self._split(statistics).items()}
+        for column in columns.values():
+            column[:2], column[2], column[3] = 0.0, 1.0, math.inf  # these change nothing
+        for column in (columns["observations"], columns["next_observations"]) if env.norm_obs else ():
+            obs_rms: Any = env.obs_rms
+            column[0] = obs_rms.mean
+            column[1] = obs_rms.mean - column[0]
+            column[2] = np.sqrt(obs_rms.var + env.epsilon)
+            column[3] = env.clip_obs
         if env.norm_reward:
-            columns["rewards"][1] = math.sqrt(env.ret_rms.var + env.epsilon)
-            columns["rewards"][2] = env.clip_reward
+            columns["rewards"][2] = math.sqrt(env.ret_rms.var + env.epsilon)
+            columns["rewards"][3] = env.clip_reward
         if self._statistics is None:
             self._statistics = th.empty_like(statistics, device=self.device)
         self._statistics.copy_(statistics, non_blocking=True)
@@ -207,13 +194,15 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
     def _draw_places(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:  # type: ignore[override]
         if self.size() == 0:
             raise ValueError("The replay buffer is empty.")
-        fractions = th.rand(batch_size, dtype=th.float64, device=self.device)
-        rows = th.minimum((fractions * self._n_rows).long(), self._n_rows - 1)
-        return rows, th.randint(self.n_envs, (batch_size,), device=self.device)
+        # Two draws of 31 bits make one of 62. Its remainder is uniform: no row's probability differs from 1 / rows by more
+        # than 2 ** -62. A product with a fraction would need float64, which not all devices have.
+        high, low = th.randint(2**31, (2, batch_size), dtype=th.int64, device=self.device)
+        rows = (high * 2**31 + low) % self._n_rows
+        return rows, th.randint(self.n_envs, (batch_size,), dtype=th.int64, device=self.device)
 
     def _get_samples(self, batch_inds: np.ndarray | th.Tensor, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        rows = th.as_tensor(batch_inds, device=self.device)
-        return self._samples_at(rows, th.randint(self.n_envs, rows.shape, device=self.device), env)
+        _, envs = self._draw_places(len(batch_inds))
+        return self._samples_at(th.as_tensor(batch_inds, dtype=th.int64, device=self.device), envs, env)
 
     def _samples_at(self, rows: th.Tensor, envs: th.Tensor, env: VecNormalize | None) -> ReplayBufferSamples:
         columns = self._columns_at(rows, envs, env)
@@ -231,9 +220,10 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
             if self._statistics is None:
                 self.refresh_statistics(env)
             assert self._statistics is not None
-            mean, deviation, bound = self._statistics
-            # in float64, as SB3 does it
-            packed = ((packed - mean) / deviation).clamp(-bound, bound).float()
+            # SB3 computes this in float64. With the mean as a sum of two float32 numbers, the result differs from SB3's by
+            # the rounding of float32 only (a relative 3e-7), however large the mean is.
+            mean, rest_of_mean, deviation, bound = self._statistics
+            packed = ((packed - mean - rest_of_mean) / deviation).clamp(-bound, bound)
         return self._split(packed)
 
     # ------------------------------------------------------------------------------------------------- storage
@@ -246,16 +236,12 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
-    def _staging(self, rows: int, dtype: th.dtype) -> th.Tensor:
+    def _staging(self, rows: int) -> th.Tensor:
         # torch hands out pinned memory again only after the asynchronous copies from it are done
-        return th.empty(rows, self._width, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return th.empty(rows, self._width, dtype=th.float32, device="cpu", pin_memory=self.device.type == "cuda")
 
-    def _storage_device(self) -> th.device:
-        return self.device
-
-    def _make_storage(self) -> None:
-        self._take(th.zeros(self.buffer_size, self.n_envs, self._width, device=self.device))
-        self._pending = None
+    def _empty_storage(self) -> th.Tensor:
+        return th.zeros(self.buffer_size, self.n_envs, self._width, dtype=th.float32, device=self.device)
 
     def _take(self, storage: th.Tensor) -> None:
         self._storage = storage
@@ -265,34 +251,35 @@ class DIPODeviceReplayBuffer(ImprovedActionsMixin, ReplayBuffer):
         self._statistics = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if not isinstance(value, th.Tensor)}
-        if self._pending is None:
-            state["_storage"] = self._storage[: self.size()].cpu().numpy()
-        return state
+        derived = {*COLUMNS, "_n_rows", "_last_writer", "_statistics"}
+        state = {name: value for name, value in vars(self).items() if name not in derived}
+        return {**state, "_storage": self._storage[: self.size()].cpu().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        filled = state.pop("_storage", None)
-        vars(self).update(state)
+        # Version 0.1.0 saved a `_pending`, and no storage if the buffer was empty.
+        vars(self).update({name: value for name, value in state.items() if name not in ("_storage", "_pending")})
         if self.device.type == "cuda" and (self.device.index or 0) >= th.cuda.device_count():
             self.device = th.device("cpu")
-        if filled is not None:
-            self._make_storage()
-            self._storage[: len(filled)] = th.from_numpy(filled)
+        storage = self._empty_storage()
+        if "_storage" in state:
+            storage[: self.size()] = th.from_numpy(state["_storage"])
+        self._take(storage)
 
 
-def as_storage(replay_buffer: ReplayBuffer, replay_buffer_class: type[ReplayBuffer]) -> ReplayBuffer:
+def as_storage(replay_buffer: ReplayBuffer, replay_buffer_class: type[ReplayBuffer]) -> ImprovedActionsMixin:
     """
-    A replay buffer with its data where a class keeps them: in NumPy arrays on the host, or in a tensor on the device.
+    A replay buffer whose data lie where the given class keeps them: in NumPy arrays on the host, or in a tensor on the device.
 
     :param replay_buffer: a buffer of SB3 or of ours; SB3's gets its improved actions from its actions
-    :param replay_buffer_class: the class whose kind of storage is wanted; of the same kind, another class is kept
+    :param replay_buffer_class: the class whose kind of storage is wanted; a buffer of the same kind is returned as it is
     :return: the same transitions in the same places
     :raises ValueError: if it cannot be converted: between host and device, only :class:`DIPOReplayBuffer` and
         :class:`DIPODeviceReplayBuffer` can
     """
     source: Any = with_improved_actions(replay_buffer)
     target_class = IMPROVED.get(replay_buffer_class, replay_buffer_class)
-    if isinstance(source, DIPODeviceReplayBuffer) == issubclass(target_class, DIPODeviceReplayBuffer):
+    to_device = issubclass(target_class, DIPODeviceReplayBuffer)
+    if isinstance(source, DIPODeviceReplayBuffer) == to_device:
         return source
     plain = (DIPOReplayBuffer, DIPODeviceReplayBuffer)
     if not isinstance(source, plain) or not issubclass(target_class, plain):
@@ -307,10 +294,12 @@ def as_storage(replay_buffer: ReplayBuffer, replay_buffer_class: type[ReplayBuff
         handle_timeout_termination=source.handle_timeout_termination,
     )
     converted.pos, converted.full = source.pos, source.full
-    if source._pending is None:
-        converted._make_storage()
-        for name in COLUMNS:
-            th.as_tensor(getattr(converted, name)).copy_(th.as_tensor(getattr(source, name)))
+    filled = slice(source.size())
+    for name in COLUMNS:
+        values = getattr(source, name)[filled]
+        getattr(converted, name)[filled] = th.from_numpy(values.astype(np.float32)) if to_device else values.cpu().numpy()
+    if to_device:
+        converted._n_rows.fill_(converted.size())
     return converted
 
 

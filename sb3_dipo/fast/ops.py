@@ -67,9 +67,16 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
     Whether operators mean what they say: tensors are dense float32 matrices of one device and at least one row, and nobody
     traces, transforms, intercepts or casts what is computed.
     """
+    if th.compiler.is_compiling() or th.jit.is_tracing():  # before any size is read, which would be fixed in the trace
+        return False
     device = tensors[0].device
     return (
-        all(
+        device.type in ("cpu", "cuda")
+        and not th.is_autocast_enabled(device.type)
+        and not th._C._are_functorch_transforms_active()
+        and not th.utils._python_dispatch._get_current_dispatch_mode()
+        and th.autograd.forward_ad._current_level < 0
+        and all(
             type(tensor) in (th.Tensor, nn.Parameter)
             and tensor.dtype == th.float32
             and tensor.layout == th.strided
@@ -77,13 +84,6 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
             and tensor.numel() > 0
             for tensor in tensors
         )
-        and device.type in ("cpu", "cuda")
-        and not th.is_autocast_enabled(device.type)
-        and not th.compiler.is_compiling()
-        and not th.jit.is_tracing()
-        and not th._C._are_functorch_transforms_active()
-        and not th.utils._python_dispatch._get_current_dispatch_mode()
-        and th.autograd.forward_ad._current_level < 0
     )
 
 
@@ -106,8 +106,7 @@ def known_layers(mlp: nn.Module, device: th.device) -> list[Layer] | None:
     layers: list[Layer] = []
     previous: type | None = nn.Mish
     for module in mlp._modules.values():
-        kind = type(module)
-        if module is None or not is_known(module, kind):
+        if module is None or not is_known(module, kind := type(module)):
             return None
         if kind is nn.Mish and previous in (nn.Linear, nn.LayerNorm):
             previous = kind
@@ -283,7 +282,7 @@ class _MLP(th.autograd.Function):
         needed = iter(ctx.needs_input_grad[2:])
         of_x = next(needed)
         of_layers = [[next(needed) for _ in _parameters(layer)] for layer in ctx.layers]
-        gradient, gradients = grad_output.contiguous(), []
+        gradient, gradients = grad_output.contiguous(), list[th.Tensor | None]()
         for i in reversed(range(len(ctx.layers))):
             layer, (x, pre_activation, of_norm), wanted = ctx.layers[i], ctx.kept[i], of_layers[i]
             found: list[th.Tensor | None] = []
@@ -356,8 +355,8 @@ class FastOps(Ops):
 
     def mlp(self, layers: nn.Module, x: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
-        many = len(x) > KERNEL_ROWS and x.device.type == "cpu"
-        known = known_layers(layers, x.device) if many and is_ordinary(x) else None
+        many = is_ordinary(x) and x.device.type == "cpu" and len(x) > KERNEL_ROWS
+        known = known_layers(layers, x.device) if many else None
         if known is None or x.dim() != 2 or x.shape[1] != known[0].weight.shape[1]:
             return super().mlp(layers, x)
         parameters = [parameter for layer in known for parameter in _parameters(layer)]
@@ -375,10 +374,13 @@ class FastOps(Ops):
     ) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.reverse_process`."""
         given = (features, initial_noise) if noise is None else (features, initial_noise, noise)
-        shape = (features.shape[0], network.splits[0]) if is_known(network, NoisePredictionNetwork) else None
-        fits = initial_noise.shape == shape and (noise is None or noise.shape == (len(table.steps), *initial_noise.shape))
-        layers = known_layers(network.layers, features.device) if fits and is_ordinary(*given) else None
-        if layers is None or th.is_grad_enabled() or features.dim() != 2 or features.shape[1] != network.splits[2]:
+        layers = None
+        if not th.is_grad_enabled() and is_ordinary(*given) and is_known(network, NoisePredictionNetwork):
+            shape = (features.shape[0], network.splits[0])
+            fits = features.shape == (shape[0], network.splits[2]) and initial_noise.shape == shape
+            if fits and (noise is None or noise.shape == (len(table.steps), *shape)):
+                layers = known_layers(network.layers, features.device)
+        if layers is None:
             return super().reverse_process(network, table, features, initial_noise, noise, clip_sample)
 
         timesteps, scales, of_kernel = self._constants_of(table, features.device)
@@ -388,7 +390,8 @@ class FastOps(Ops):
         mlp = BoundMLP(layers, on_action, self.arithmetic(features, rounded=True))
         few = len(of_time) * of_state.numel() <= MANY_ELEMENTS  # a table then saves more time than it takes memory
         constants = of_state + of_time.unsqueeze(1) if few else None
-        if self.kernels and constants is not None and len(features) <= KERNEL_ROWS and len(layers) > 1 and not any(layer.norm for layer in layers):
+        is_mish_only = len(layers) > 1 and not any(layer.norm for layer in layers)
+        if self.kernels and constants is not None and is_mish_only and len(features) <= KERNEL_ROWS:
             added = None if noise is None else noise * scales
             return self.kernels.sample(of_kernel, constants, mlp.on_x, mlp.layers, initial_noise, added, clip_sample)
         each = (of_state + row for row in of_time) if constants is None else iter(constants.unbind())

@@ -1,7 +1,7 @@
 """Check the paper's Theorem 4.3: how close does iteration (9), the exponential integrator, come to the policy it is to sample?
 
-    python examples/convergence.py --quick
-    python examples/convergence.py --out examples/results/convergence
+    python examples/paper/convergence.py --quick
+    python examples/paper/convergence.py --out examples/results/convergence
 
 For a Gaussian policy N(m, diag v) the exact score is affine and iteration (9) maps Gaussians to Gaussians, so that every
 number is a closed form, in float64 and of the coefficients that the package samples with. For a mixture of four modes,
@@ -118,7 +118,10 @@ def main() -> None:
     th.set_num_threads(1)  # the same sums, whatever the machine
 
     cells = {name: part.cells(args.quick) for name, part in PARTS.items() if name in args.parts}
-    blocks = ["# Theorem 4.3, checked", f"Written by `python examples/convergence.py{' --quick' if args.quick else ''}`."]
+    blocks = [
+        "# Theorem 4.3, checked",
+        f"Written by `python examples/paper/convergence.py{' --quick' if args.quick else ''}`.",
+    ]
     with tqdm(total=sum(map(len, cells.values())), unit="case") as bar:
         for name in cells:
             bar.set_description(name)

@@ -1,18 +1,20 @@
 """What does each part of DIPO do? Its generator, the length of its diffusion, and the write-back of improved actions.
 
-    python examples/ablations.py generator --envs HalfCheetah-v5     # diffusion, VAE, MLP: Figures 9 and 20
-    python examples/ablations.py length                              # K = 20, 50, 100: Figure 10, Table 1
-    python examples/ablations.py write-back --base dipo_k20          # the paper's Algorithm 3, or the authors' code
+    python examples/paper/ablations.py generator --envs HalfCheetah-v5     # diffusion, VAE, MLP: Figures 9 and 20
+    python examples/paper/ablations.py length                              # K = 20, 50, 100: Figure 10, Table 1
+    python examples/paper/ablations.py write-back --base dipo_paper        # the paper's Algorithm 3, or the authors' code
 
-`--base` is the DIPO that is varied, one of `learning_curves.py`'s, or of a file, `--variants`. The options, interruption and
-many machines are as there. With the same `--out` and options, the base is trained once for all of them.
+`--base` is the DIPO that is varied: one of those of `learning_curves.py`, or of a file, `--variants`. The options,
+interruption and many machines are as there. With the same `--out` and options, the base is trained once for all studies.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from grid import VARIANTS, Variant, arguments, read_variants, run_and_report
+from grid import VARIANTS, Variant, choose, parse
+from grid_report import QUICK, compare, comparison_arguments
+
+from sb3_dipo import RECOMMENDED
 
 
 def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
@@ -28,7 +30,8 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
         others = dict(vae=variant("VAE", {**nets, "actor": "vae"}), mlp=variant("MLP", {**nets, "actor": "mlp"}))
         mine = "diffusion"
     elif study == "length":
-        length = own.get("num_train_timesteps", 100)
+        usual = 100 if base.file == "dipo_paper.yml" else RECOMMENDED["policy_kwargs"]["num_train_timesteps"]
+        length = own.get("num_train_timesteps", usual)
         lengths = sorted({20, 50, 100} - {length}, key=lambda each: abs(each - length))
         others = {f"k{each}": variant(f"K = {each}", {**own, "num_train_timesteps": each}) for each in lengths}
         mine = f"K = {length}"
@@ -42,18 +45,16 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
 
 def main() -> None:
     quick = "with tiny networks, 300 steps of one task, two seeds: half a minute"
-    parser = arguments(__doc__ or "", "runs/ablations", quick)
+    parser = comparison_arguments(__doc__ or "", "runs/ablations", quick)
     parser.add_argument("study", choices=("generator", "length", "write-back"))
     parser.add_argument("--base", default="dipo", help="the DIPO that is varied (%(default)s)")
-    parser.add_argument("--variants", type=Path, help="YAML file of more of them, see learning_curves.py")
-    args = parser.parse_args()
-    known = VARIANTS | (read_variants(args.variants) if args.variants else {})
-    known = {name: variant for name, variant in known.items() if variant.algo == "dipo"}
-    if args.base not in known:
-        parser.error(f"--base must be of {', '.join(known)}, not {args.base}")
-    args.baselines = "zoo"  # there are none
-    variants = vary(args.base, known[args.base], args.study)
-    run_and_report(parser, args, variants, f"Ablation: {args.study} of {args.base}", args.out / args.study)
+    args = parse(parser, QUICK)
+    dipos = {name: variant for name, variant in VARIANTS.items() if variant.algo == "dipo"}
+    base = choose(parser, args, [args.base], dipos, "--base")[args.base]
+    if base.algo != "dipo":
+        parser.error(f"--base must be a DIPO, not {args.base}")
+    title = f"Ablation: {args.study} of {args.base}"
+    compare(parser, args, vary(args.base, base, args.study), title, "paper", args.out / args.study)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,38 @@
 """See which states the policies of DIPO, SAC, TD3 and PPO visit as they learn (Figures 7, 8, 15-19).
 
-    python examples/state_visits.py --quick
-    python examples/state_visits.py --env HalfCheetah-v5 --out runs/state_visits
+    python examples/paper/state_visits.py --quick
+    python examples/paper/state_visits.py --envs HalfCheetah-v5 --algorithms dipo_paper sac td3 ppo --out runs/state_visits
 
 Every snapshot of every algorithm plays ten episodes from the same ten seeds, and one t-SNE with the paper's parameters puts
-states of all of them on one plane. Writes <env>.png (a panel for each algorithm, a colour for each snapshot), <env>.csv (how
-much of the plane each snapshot covers) and <env>.md (a summary). Cut off and started again, it goes on, to the same files;
-several processes may share a folder if each has its own --env or --algorithms, and once more with all of them draws all.
+states of all of them on one plane. For each task, the script writes <env>.png (a panel for each algorithm, a colour for each
+snapshot), <env>.csv (how much of the plane each snapshot covers) and <env>.md (a summary). Cut off and started again, it goes
+on, to the same files; several processes may share a folder if each has its own --envs or --algorithms, and started once more
+with all of them, the script draws all.
 
-What the paper leaves open: policies act as they do in training, with deterministic=False, and TD3's with its noise. There is
-no snapshot before the random steps are over, and one right then is of an untrained policy, but for PPO. Of each snapshot's
-states at most --states over the number of snapshots are drawn at random, and each coordinate is scaled to variance 1 over all
-that are drawn. What the paper does not name about t-SNE is scikit-learn's default.
+What the paper leaves open: policies act as they do in training, with deterministic=False, and TD3 with its noise. There is no
+snapshot before the random steps are over, and one right then is of an untrained policy, but for PPO. Of each snapshot's states
+at most --states over the number of snapshots are drawn at random, and each coordinate is scaled to variance 1 over all that
+are drawn. What the paper does not say about t-SNE is scikit-learn's default.
 
 The area is the share of cells of a 25 x 25 grid around all points that are occupied. Short episodes give few states, and few
-states fill few cells, so it is what as many states as the smallest snapshot has would occupy on average (rarefaction); for an
-algorithm's snapshots together, as many of each. As t-SNE stretches dense places, it is given for the two principal
-components, too, where far states make the rest look small.
+states fill few cells, so the area is what as many states as the smallest snapshot has would occupy on average (rarefaction);
+for an algorithm's snapshots together, as many of each. As t-SNE stretches dense places, the area is given for the two
+principal components, too, where far states make the rest look small.
 
-On one core a step of training takes DIPO about 130 ms (K = 100; 190 on HalfCheetah-v5), SAC 14, TD3 9 and PPO 1: at the
-paper's scale 40 hours for DIPO (55) and 7 for the others. Ten episodes of 1,000 steps take DIPO 12 s a snapshot and the others
-2, t-SNE of 10,000 states a minute.
+On one core a step of training takes DIPO with the paper's setting about 130 ms (190 on HalfCheetah-v5), SAC 14, TD3 9 and PPO
+1: at the paper's scale 40 hours for DIPO (55) and 7 for the others. Ten episodes of 1,000 steps take DIPO 12 s a snapshot and
+the others 2, t-SNE of 10,000 states a minute.
 """
 
-import argparse
 import io
+import itertools
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from experiments import COLORS, NAMES, Training, arguments, log_to, markdown_table, save_figure, train_all, write
+from experiments import command, markdown_table, palette, save_figure, write
+from grid import VARIANTS, Run, arguments, check, choose, failures, make_run, parse, positive, train_or_exit
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -49,18 +51,18 @@ from tqdm import tqdm
 EPISODES = 10
 SEED = 1_000  # of the first episode, each has the next; and of what policies draw
 CELLS = 25  # along each side of the grid
-QUICK = dict(steps=400, every=200, learning_starts=200, states=800, num_train_timesteps=3, action_gradient_steps=5)
+QUICK = dict(steps=400, every=200, learning_starts=200, states=800)
 
 
-def visits(training: Training, step: int) -> tuple[np.ndarray, np.ndarray]:
+def visits(run: Run, step: int) -> tuple[np.ndarray, np.ndarray]:
     """
     Play ten episodes, from the same starts for every snapshot. What came of it is kept beside the snapshot.
 
     :return: all states in which the policy acted, a row each, and the returns, of shape (10,)
     """
-    file = training.folder / f"visits-{step}.npz"
+    file = run.results / f"visits-{step}.npz"
     if not file.exists():
-        model, env = training.agent(step), make_vec_env(training.env_id, EPISODES, seed=SEED)
+        model, env = run.agent(step), make_vec_env(run.env, EPISODES, seed=SEED)
         set_random_seed(SEED)
         observations: Any = env.reset()
         states, returns, running = [], np.zeros(EPISODES), np.full(EPISODES, True)
@@ -105,36 +107,36 @@ def area(groups: list[np.ndarray], number: int) -> float:
     return float(1 - empty.mean())
 
 
-def measure(trainings: list[Training], states: int) -> tuple[pd.DataFrame, list[np.ndarray]]:
+def measure(runs: list[Run], states: int) -> tuple[pd.DataFrame, list[np.ndarray]]:
     """
     Play all snapshots, put at most so many states on planes and see how much of them is covered.
 
     :return: a row for each snapshot, and its points of t-SNE
     """
     rows, groups = [], []
-    jobs = [(training, step) for training in trainings for step in training.snapshots]
-    for training, step in tqdm(jobs, "playing", unit="snapshot", dynamic_ncols=True):
-        visited, returns = visits(training, step)
+    jobs = [(run, step) for run in runs for step in run.snapshots]
+    for run, step in tqdm(jobs, "playing", unit="snapshot", dynamic_ncols=True):
+        visited, returns = visits(run, step)
         number = min(len(visited), states // len(jobs))
         groups.append(np.random.default_rng(SEED).choice(visited, number, replace=False))
-        of = dict(algorithm=training.algorithm, step=step, mean_return=returns.mean())
+        of = dict(algorithm=run.name, step=step, mean_return=returns.mean())
         rows.append(of | dict(visited=len(visited), drawn=number))
     table = pd.DataFrame(rows)
     print(f"embedding {table.drawn.sum():,} states")
-    planes, number, each = embed(groups), table.drawn.min(), len(trainings[0].snapshots)
+    planes, number, each = embed(groups), table.drawn.min(), len(runs[0].snapshots)
     for name, points in planes.items():
         table[name] = [area([own], number) for own in points]
         table[f"{name}_so_far"] = [area(points[index - index % each : index + 1], number) for index in range(len(jobs))]
     return table, planes["tsne"]
 
 
-def draw(table: pd.DataFrame, groups: list[np.ndarray], env: str) -> Figure:
+def draw(table: pd.DataFrame, groups: list[np.ndarray], env: str, labels: dict[str, str]) -> Figure:
     """A panel for each algorithm, and one with the areas."""
     last = table.groupby("algorithm", sort=False).last()
     names, steps = list(last.index), sorted(set(table.step))
-    colors = ListedColormap(colormaps["plasma"](np.linspace(0, 0.9, len(steps))))
+    lines, colors = palette(labels), ListedColormap(colormaps["plasma"](np.linspace(0, 0.9, len(steps))))
     figure = Figure(figsize=(3.1 * len(names) + 4, 4.4), layout="constrained")
-    shares = ", ".join(f"{NAMES[name]} {share:.0%}" for name, share in last.tsne_so_far.sort_values(ascending=False).items())
+    shares = ", ".join(f"{labels[name]} {share:.0%}" for name, share in last.tsne_so_far.sort_values(ascending=False).items())
     figure.suptitle(f"{env}: how much of the plane of visited states does each algorithm cover? {shares}")
     *panels, curves = figure.subplots(1, len(names) + 1, width_ratios=[*[1] * len(names), 1.1])
     for panel, name in zip(panels, names, strict=True):
@@ -144,9 +146,9 @@ def draw(table: pd.DataFrame, groups: list[np.ndarray], env: str) -> Figure:
         order = np.random.default_rng(SEED).permutation(len(points))  # so that no snapshot is on top
         panel.scatter(*np.concatenate(groups).T, s=3, color="0.88", linewidths=0)
         panel.scatter(*points[order].T, s=3, c=color[order], cmap=colors, vmin=-0.5, vmax=len(steps) - 0.5, linewidths=0)
-        panel.set_title(f"{NAMES[name]}: {last.tsne_so_far[name]:.0%}\nlast return {last.mean_return[name]:,.0f}")
+        panel.set_title(f"{labels[name]}: {last.tsne_so_far[name]:.0%}\nlast return {last.mean_return[name]:,.0f}")
         panel.set(xticks=[], yticks=[])
-        curves.plot(own.step, own.tsne, "o-", color=COLORS[name], label=NAMES[name])
+        curves.plot(own.step, own.tsne, "o-", color=lines[name], label=labels[name])
     scale = ScalarMappable(BoundaryNorm(np.arange(len(steps) + 1) - 0.5, len(steps)), colors)
     text = "environment steps of the snapshot (grey: where others are)"
     bar = figure.colorbar(scale, ax=panels, location="bottom", aspect=80, pad=0.02, label=text)
@@ -157,58 +159,54 @@ def draw(table: pd.DataFrame, groups: list[np.ndarray], env: str) -> Figure:
     return figure
 
 
-def summary(table: pd.DataFrame, args: argparse.Namespace) -> str:
+def summary(table: pd.DataFrame, labels: dict[str, str]) -> str:
     """A line for each algorithm, and what was asked for."""
     lines = []
     for name, own in table.groupby("algorithm", sort=False):
         first, last = own.iloc[0], own.iloc[-1]
         areas = (first.tsne, last.tsne, last.tsne_so_far, first.pca, last.pca, last.pca_so_far)
         cells = [f"{one.mean_return:,.0f}" for one in (first, last)] + [f"{share:.1%}" for share in areas]
-        lines.append((NAMES[name], *cells))
+        lines.append((labels[name], *cells))
     head = ("algorithm", "return, first", "last", "t-SNE, first", "last", "all", "PCA, first", "last", "all")
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "quick") and value is not None}
-    options["algorithms"] = " ".join(args.algorithms)
-    command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "stable_baselines3", "gymnasium", "scikit-learn"))
     number, states = table.drawn.min(), f"{table.drawn.sum():,} of {table.visited.sum():,} visited states"
     text = f"""\
 Mean return of {EPISODES} episodes, and share of the cells of a {CELLS} x {CELLS} grid that {number:,} states occupy:
 of the first snapshot, of the last, and of each of all. On the plane are {states}.
 """
-    return f"{text}\n{markdown_table(head, lines)}\n`python examples/state_visits.py {command}`\n\n{versions}\n"
+    return f"{text}\n{markdown_table(head, lines)}\n`{command()}`\n\n{versions}\n"
 
 
 def main() -> None:
-    quick = "two snapshots, after 200 and 400 steps, with K = 3: about half a minute"
-    parser = arguments(__doc__ or "", "runs/state_visits", quick)
-    parser.add_argument("--env", default="HalfCheetah-v5", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="environment steps of each training (%(default)s)")
-    parser.add_argument("--every", type=int, default=100_000, help="steps from one snapshot to the next (%(default)s)")
-    parser.add_argument("--learning-starts", type=int, default=10_000, help="random steps before, but for PPO (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
-    parser.add_argument("--states", type=int, default=10_000, help="on the plane, at most (%(default)s)")
-    parser.add_argument("--num-train-timesteps", type=int, default=100, help="DIPO's K (%(default)s)")
-    parser.add_argument("--action-gradient-steps", type=int, help="of DIPO (the paper's)")
-    parser.add_argument("--action-lr", type=float, help="of DIPO (the paper's)")
-    args = parser.parse_args()
-    vars(args).update(QUICK if args.quick else {})
+    quick = "tiny networks, two snapshots, after 200 and 400 steps: about half a minute"
+    parser = arguments(__doc__ or "", "runs/state_visits", quick, seeds=[0])
+    parser.set_defaults(learning_starts=10_000)
+    names = f"of {', '.join(VARIANTS)} (%(default)s)"
+    parser.add_argument("--algorithms", nargs="+", metavar="NAME", default=["dipo_paper", "sac", "td3", "ppo"], help=names)
+    parser.add_argument("--envs", nargs="+", metavar="ENV", default=["HalfCheetah-v5"], help="(%(default)s)")
+    parser.add_argument("--steps", type=positive, default=1_000_000, help="environment steps of a training (%(default)s)")
+    parser.add_argument("--every", type=positive, default=100_000, help="steps from one snapshot to the next (%(default)s)")
+    parser.add_argument("--states", type=positive, default=10_000, help="on the plane, at most (%(default)s)")
+    args = parse(parser, QUICK)
+    check(parser, args, args.envs)
     snapshots = tuple(step for step in range(args.every, args.steps + 1, args.every) if step >= args.learning_starts)
     if not snapshots:
         parser.error("there is no snapshot: --every and --learning-starts must be at most --steps")
-    log_to(args.out)
-    given = {name: vars(args)[name] for name in ("action_gradient_steps", "action_lr") if vars(args)[name] is not None}
-    dipo: dict[str, Any] = dict(policy_kwargs=dict(num_train_timesteps=args.num_train_timesteps), **given)
-    machine = dict(device=args.device, accelerate=args.accelerate)
-    trainings = []
-    for name in args.algorithms:
-        folder, settings = args.out / args.env / name / f"seed{args.seed}", dipo if name == "dipo" else {}
-        trainings.append(Training(folder, name, args.env, args.seed, snapshots, args.learning_starts, settings, machine))
-    train_all(trainings)
-    table, groups = measure(trainings, args.states)
-    write(args.out / f"{args.env}.csv", table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
-    save_figure(draw(table, groups, args.env), args.out / f"{args.env}.png")
-    write(args.out / f"{args.env}.md", summary(table, args))
-    print(summary(table, args))
+    variants = choose(parser, args, args.algorithms)
+    labels = {name: variant.label or name for name, variant in variants.items()}
+    what: dict[str, Any] = dict(steps=snapshots[-1], snapshots=snapshots)
+    figures = {
+        (env, seed): [make_run(args, env, name, variant, seed, **what) for name, variant in variants.items()]
+        for env, seed in itertools.product(args.envs, args.seeds)
+    }
+    failures(train_or_exit([run for runs in figures.values() for run in runs], args))
+    for (env, seed), runs in figures.items():
+        table, groups = measure(runs, args.states)
+        name = env if len(args.seeds) == 1 else f"{env}-seed{seed}"
+        write(args.out / f"{name}.csv", table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+        save_figure(draw(table, groups, env, labels), args.out / f"{name}.png")
+        write(args.out / f"{name}.md", summary(table, labels))
+        print(summary(table, labels))
 
 
 if __name__ == "__main__":

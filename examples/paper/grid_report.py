@@ -1,18 +1,22 @@
-"""Curves, statistics and tables of the runs of a `grid.py`."""
+"""Comparisons: curves, statistics and tables of the trainings of `grid.py`, for `learning_curves.py` and `ablations.py`.
 
+A report is made of records, a file for each training with its setting, versions and raw evaluations. They are copied from the
+trainings into evaluations/ beside the report whenever they are there, and the report can be made again from them alone.
+"""
+
+import argparse
 import itertools
 import json
-import shlex
-import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from experiments import COLORS, markdown_table, save_figure, write
-from grid import Run
+from experiments import command, markdown_table, palette, save_figure, write
+from grid import Run, Variant, arguments, check, failures, make_run, positive, train_or_exit
 from matplotlib.figure import Figure
 from rliable import library, metrics  # type: ignore[import-untyped]
 from scipy.stats import ttest_ind  # type: ignore[import-untyped]
@@ -20,15 +24,34 @@ from scipy.stats import ttest_ind  # type: ignore[import-untyped]
 LAST = 3  # evaluations whose mean is a run's final return
 RANDOM_EPISODES = 20
 RESAMPLES = 2_000  # of the bootstrap
+QUICK = dict(envs=["Hopper-v5"], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=100)
+Record = dict[str, Any]  # what a report needs of a training
 Scores = dict[str, np.ndarray]  # of each algorithm, runs by tasks
 
 
-def collect(runs: Iterable[Run]) -> pd.DataFrame:
+def records(runs: Iterable[Run], out: Path) -> dict[Run, Record]:
+    """Those of the trainings that have been evaluated, here or where their records were copied from."""
+    found = {}
+    for run in runs:
+        file = out / "evaluations" / f"{run.env.replace('/', '-')}-{run.name}-seed{run.seed}.json"
+        if rows := run.read("evaluations.json"):
+            spec = json.loads((run.folder / "spec.json").read_text())
+            about = dict(run=spec["run"], machine=spec["machine"], versions=spec["versions"])
+            about |= dict(reached=run.reached, finished=run.read("finished.json"))
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, f'{json.dumps(about, indent=1)[:-2]},\n "evaluations": [\n{lines}\n]}}\n')
+        if file.exists():
+            found[run] = json.loads(file.read_text())
+    return found
+
+
+def collect(kept: dict[Run, Record]) -> pd.DataFrame:
     """One row per evaluation. Hours are those of training: evaluations and checkpoints do not count."""
     rows = [
         (run.env, run.name, run.seed, row["steps"], np.mean(row["returns"]), np.std(row["returns"]), row["seconds"] / 3600)
-        for run in runs
-        for row in run.read("evaluations.json") or []
+        for run, record in kept.items()
+        for row in record["evaluations"]
     ]
     return pd.DataFrame(rows, columns=["env", "algorithm", "seed", "steps", "mean_return", "std_return", "hours"])
 
@@ -55,9 +78,9 @@ def normalise(summary: pd.DataFrame, random: dict[str, float]) -> Scores:
     return {name: rows for name, rows in complete.items() if rows.size}
 
 
-def random_return(env_id: str, folder: Path) -> float:
+def random_return(env_id: str, out: Path) -> float:
     """Of random actions; measured once."""
-    file = folder / "random.json"
+    file = out / "evaluations" / f"{env_id.replace('/', '-')}-random.json"
     if not file.exists():
         env, returns = gym.make(env_id), []
         env.action_space.seed(0)
@@ -114,14 +137,6 @@ def welch(ours: pd.Series, theirs: pd.Series) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def palette(names: Collection[str]) -> dict[str, str]:
-    """Those of the four algorithms, and others for variants; the first DIPO has DIPO's."""
-    others = itertools.cycle(["tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey"])
-    ours = next((name for name in names if name.startswith("dipo")), "dipo")
-    known = COLORS if "dipo" in names else COLORS | {ours: COLORS["dipo"]}
-    return {name: known.get(name) or next(others) for name in names}
-
-
 def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, float]) -> Figure:
     """Mean and standard deviation over seeds, where all of them have been evaluated."""
     figure = Figure(figsize=(4.6 * len(random), 7), layout="constrained")
@@ -174,8 +189,8 @@ def draw_aggregate(scores: Scores, means: dict[str, np.ndarray], labels: dict[st
 # ------------------------------------------------------------------------------------------------- the report
 
 
-def table(summary: pd.DataFrame, runs: Sequence[Run], labels: dict[str, str], envs: Iterable[str]) -> str:
-    ends = {(run.env, run.name): end for run in runs if (end := run.read("finished.json"))}
+def table(summary: pd.DataFrame, kept: dict[Run, Record], labels: dict[str, str], envs: Iterable[str]) -> str:
+    ends = {(run.env, run.name): record["finished"] for run, record in kept.items() if record["finished"]}
     head = ("task", "algorithm", "n", "final return, mean ± std", "by seed", "area", "updates a step", "hours", "device")
     lines = []
     for env in envs:
@@ -204,27 +219,27 @@ def differences(summary: pd.DataFrame, labels: dict[str, str], envs: Iterable[st
     return markdown_table(("task", f"{labels[first]} less", "difference of means", "Welch's t, 95 %"), lines) if lines else ""
 
 
-def remarks(summary: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
+def remarks(summary: pd.DataFrame, runs: Sequence[Run], kept: dict[Run, Record]) -> list[str]:
     """What is missing, and what differs but should not."""
     there = set(summary[["env", "algorithm", "seed"]].itertuples(index=False, name=None))
     lines = []
     for run in runs:
         if (run.env, run.name, run.seed) not in there:
-            lines.append(f"- Missing: {run}, which has {run.reached:,} of {run.steps:,} steps.")
-    specs = [json.loads(file.read_text()) for run in runs if (file := run.folder / "spec.json").exists()]
-    if len({json.dumps(spec["versions"], sort_keys=True) for spec in specs}) > 1:
-        lines.append("- Beware: runs differ in their versions (spec.json).")
+            reached = kept[run]["reached"] if run in kept else run.reached
+            lines.append(f"- Missing: {run}, which has {reached:,} of {run.steps:,} steps.")
+    if len({json.dumps(record["versions"], sort_keys=True) for record in kept.values()}) > 1:
+        lines.append("- Beware: the versions of the packages differ between runs (evaluations/).")
     return lines
 
 
 def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, at: int) -> str:
-    """Write evaluations.csv, curves.png, aggregate.png and report.md, which is returned."""
-    curves = collect(runs)
-    if curves.empty:
+    """Write evaluations/, evaluations.csv, curves.png, aggregate.png and report.md, which is returned."""
+    kept = records(runs, out)
+    if not kept:
         raise SystemExit(f"{out} holds no evaluations of these runs")
-    out.mkdir(exist_ok=True)
+    curves = collect(kept)
     write(out / "evaluations.csv", curves.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    random = {env: random_return(env, folder) for env, folder in {run.env: run.folder.parents[1] for run in runs}.items()}
+    random = {env: random_return(env, out) for env in dict.fromkeys(run.env for run in runs)}
     save_figure(draw_curves(curves, labels, random), out / "curves.png")
     summary = summarise(curves, at)
     scores = normalise(summary, random)
@@ -237,23 +252,60 @@ def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, a
     head = ("algorithm", "n", "interquartile mean", "from", "to (95 % bootstrap)")
     notes = f"""\
 After {at:,} environment steps. A run's final return is the mean of its last {LAST} evaluations, of the same
-{runs[0].eval_episodes} episodes each; its area that under the curve, as a mean. Random actions reach
-{", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised: 0 is that, 1 the best algorithm's mean;
-{tasks} of {len(random)} tasks, where one is better than random, count. Hours are those of training, on a machine that other
-runs may share. With few seeds a bootstrap is too narrow: on one task, its 95 % leave out the truth one time in two for two
-seeds, and one in four for three. Trust Welch's t then, which assumes that runs are normally distributed.
+{runs[0].eval_episodes} episodes each; its area is the mean along the curve. Random actions reach
+{", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised scores: 0 is the return of random actions, 1
+the best algorithm's mean; {tasks} of {len(random)} tasks count, those where one is better than random. Hours are those of
+training, on a machine that other runs may share. With few seeds a bootstrap is too narrow: on one task, its 95 % leave out
+the truth one time in two for two seeds, and one time in four for three. Trust Welch's t then, which assumes that runs are
+normally distributed.
 """
-    versions = json.loads((runs[0].folder / "spec.json").read_text())["versions"]
-    command = shlex.join(
-        ["python", f"examples/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "--report")]
-    )
-    about = f"`{command}`\n\n{', '.join(f'{name} {number}' for name, number in versions.items())}\n"
+    versions = next(iter(kept.values()))["versions"]
+    about = f"`{command()}`\n\n{', '.join(f'{name} {number}' for name, number in versions.items())}\n"
     tables = (
-        table(summary, runs, labels, random),
+        table(summary, kept, labels, random),
         differences(summary, labels, random),
         markdown_table(head, lines) if lines else "",
     )
-    blocks = (f"# {title}\n", *tables, notes, "".join(f"{line}\n" for line in remarks(summary, runs)), about)
+    blocks = (f"# {title}\n", *tables, notes, "".join(f"{line}\n" for line in remarks(summary, runs, kept)), about)
     text = "\n".join(block for block in blocks if block)
     write(out / "report.md", text)
     return text
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def comparison_arguments(description: str, out: str, quick: str) -> argparse.ArgumentParser:
+    """The options of `grid.arguments`, and those of every comparison."""
+    parser = arguments(description, out, quick)
+    parser.add_argument("--envs", nargs="+", metavar="ENV", default=["HalfCheetah-v5", "Hopper-v5"], help="(%(default)s)")
+    parser.add_argument("--steps", type=positive, default=1_000_000, help="environment steps of a training (%(default)s)")
+    parser.add_argument("--eval-freq", type=positive, default=10_000, help="steps between evaluations (%(default)s)")
+    parser.add_argument("--eval-episodes", type=positive, default=10, help="of each evaluation (%(default)s)")
+    parser.add_argument("--at", type=positive, help="compare after so many steps, where runs have not finished (--steps)")
+    parser.add_argument("--report", action="store_true", help="train nothing, and report on what is there")
+    parser.add_argument("--results", type=Path, help="folder for the report and the raw evaluations (--out)")
+    return parser
+
+
+def compare(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    variants: dict[str, Variant],
+    title: str,
+    baselines: str,
+    out: Path,
+) -> None:
+    """Train what is missing, and report on what is there, into --results or else `out`; exit status 1 where a run failed."""
+    check(parser, args, args.envs)
+    if args.eval_freq > args.steps:
+        parser.error(f"--eval-freq must be at most --steps, {args.steps}, not {args.eval_freq}")
+    what = dict(steps=args.steps, eval_freq=args.eval_freq, eval_episodes=args.eval_episodes, baselines=baselines)
+    runs = [  # seed by seed, so that what is cut off holds something of all
+        make_run(args, env, name, variant, seed, **what)
+        for seed, env, (name, variant) in itertools.product(args.seeds, args.envs, variants.items())
+    ]
+    failed = {} if args.report else train_or_exit(runs, args)
+    labels = {name: variant.label or name for name, variant in variants.items()}
+    print(report(runs, labels, args.results or out, title, args.at or args.steps))
+    failures(failed)

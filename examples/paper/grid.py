@@ -1,14 +1,13 @@
-"""Algorithms x tasks x seeds, each trained by the RL Zoo in a process of its own, here or on many machines.
+"""Trainings by the RL Zoo, algorithms x tasks x seeds, each in a process of its own, here or on many machines.
 
-What has finished is not trained again, what was cut off goes on from its last checkpoint, what fails is tried again. See
-`learning_curves.py` and `ablations.py`, which are started; this is what they share.
+What has finished is not trained again, what was cut off goes on from its last checkpoint, and what fails is tried again. All
+scripts beside this one train with it: `learning_curves.py`, `ablations.py`, `multi_goal.py` and `state_visits.py`.
 """
 
 import argparse
 import difflib
 import importlib.resources
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,35 +26,75 @@ from typing import Any
 
 import gymnasium as gym
 import yaml
-from experiments import CLASSES, NAMES, PAPER, log_to, write
+from experiments import NAMES, log_to, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sb3_contrib import TQC, CrossQ
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_dipo import DIPO
+
+CLASSES: dict[str, type[BaseAlgorithm]] = dict(dipo=DIPO, sac=SAC, td3=TD3, ppo=PPO, tqc=TQC, crossq=CrossQ)
+# The paper's Table 2 for the algorithms that DIPO is compared with, as the zoo's YAML has it. The paper gives no rollout
+# length and no number of epochs for PPO: the length is near that of the code that it names, the epochs are SB3's.
+TABLE_2: dict[str, dict[str, Any]] = dict(
+    sac=dict(
+        learning_rate=3e-4,
+        learning_starts=10_000,
+        batch_size=256,
+        ent_coef=0.2,
+        policy_kwargs="dict(net_arch=[256, 256], activation_fn=nn.ReLU)",
+    ),
+    td3=dict(
+        learning_rate=3e-4,
+        learning_starts=10_000,
+        noise_type="normal",
+        noise_std=0.1,
+        batch_size=256,
+        target_policy_noise=0.2,
+        target_noise_clip=0.5,
+        policy_kwargs="dict(net_arch=[256, 256], activation_fn=nn.ReLU)",
+    ),
+    ppo=dict(
+        learning_rate=7e-4,
+        n_steps=256,
+        batch_size=256,
+        max_grad_norm=0.5,
+        ent_coef=0.01,
+        vf_coef=0.5,
+        policy_kwargs="dict(net_arch=[256, 256], activation_fn=nn.Tanh)",
+    ),
+)
 TRAIN = Path(__file__).with_name("grid_train.py")
-PACKAGES = ("sb3_dipo", "torch", "numpy", "stable_baselines3", "rl_zoo3", "gymnasium", "mujoco", "rliable")
+PACKAGES = ("sb3_dipo", "torch", "numpy", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "mujoco", "rliable")
 
 
 @dataclass(frozen=True)
 class Variant:
     """
-    An algorithm and what differs from its YAML, whose ``policy_kwargs`` are replaced as a whole, and whose
-    ``action_gradient_steps`` are divided by ``fewer``: tasks differ in them.
+    An algorithm, and what differs from its entry in a YAML file.
+
+    :param algo: a key of ``CLASSES``
+    :param settings: take the place of the entry's, ``policy_kwargs`` as a whole
+    :param label: in tables and figures
+    :param file: of ``sb3_dipo.hyperparams``, for DIPO only
     """
 
     algo: str
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
-    fewer: int = 1
+    file: str = "dipo.yml"
 
 
 K20 = dict(num_train_timesteps=20)
 FEW = dict(num_train_timesteps=100, num_inference_steps=10, solver="dpmpp_2m", timestep_spacing="lambda")
 VARIANTS = {
     **{algo: Variant(algo, label=label) for algo, label in NAMES.items()},
-    "dipo_k20": Variant("dipo", dict(policy_kwargs=K20), "DIPO, K = 20"),
-    "dipo_long": Variant("dipo", dict(policy_kwargs=K20, action_lr=0.12), "DIPO, K = 20, long steps", fewer=4),
-    "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5, action_lr=0.12), "DIPO, few steps"),
+    "dipo_paper": Variant("dipo", label="DIPO, paper's setting", file="dipo_paper.yml"),
+    "dipo_k20": Variant("dipo", dict(policy_kwargs=K20), "DIPO, paper's setting with K = 20", "dipo_paper.yml"),
+    "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5), "DIPO, few denoising steps"),
 }
 
 
@@ -70,10 +109,11 @@ class Run:
     :param algo: as the zoo has it
     :param seed: of the agent and the environment
     :param steps: environment steps
-    :param eval_freq: environment steps from one evaluation, and checkpoint, to the next
+    :param eval_freq: environment steps from one evaluation to the next, 0 for none
     :param eval_episodes: episodes of each
     :param settings: an entry of the zoo's YAML
     :param machine: how it is computed, which changes no result but for rounding: ``device``, and settings
+    :param snapshots: environment steps after which the agent is kept
     """
 
     folder: Path
@@ -86,6 +126,7 @@ class Run:
     eval_episodes: int
     settings: dict[str, Any]
     machine: dict[str, Any]
+    snapshots: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.env}, {self.name}, seed {self.seed}"
@@ -110,28 +151,37 @@ class Run:
         path = self.results / name
         return json.loads(path.read_text()) if path.exists() else None
 
+    def agent(self, step: int) -> BaseAlgorithm:
+        """The agent as it was after so many environment steps, one of ``snapshots``."""
+        return CLASSES[self.algo].load(self.results / "snapshots" / f"{step}.zip", device=self.machine["device"])
+
     def command(self) -> list[str]:
-        options = dict(algo=self.algo, env=self.env, seed=self.seed, n_timesteps=self.steps, eval_freq=self.eval_freq)
+        options = dict(algo=self.algo, env=self.env, seed=self.seed, n_timesteps=self.steps, eval_freq=self.eval_freq or -1)
+        if not self.eval_freq:
+            options |= dict(save_freq=max(1_000, self.steps // 20))
         options |= dict(eval_episodes=self.eval_episodes, log_folder=self.folder, conf_file=self.folder / "hyperparams.yml")
         options |= dict(device=self.machine["device"], num_threads=1, log_interval=100)
         given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         return [sys.executable, str(TRAIN), *given]
 
     def claim_folder(self) -> None:
-        """Write what is trained here, or see that it is the same as what was."""
-        names = ("env", "name", "algo", "seed", "steps", "eval_freq", "eval_episodes", "settings")
+        """Write what is trained here, or see that it is the same as what was begun."""
+        names = ["env", "name", "algo", "seed", "steps", "eval_freq", "eval_episodes", "settings"]
+        names += ["snapshots"] if self.snapshots else []
         mine = json.loads(json.dumps({name: getattr(self, name) for name in names}))
         file = self.folder / "spec.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (file.exists() and (self.results / "evaluations.json").exists()):  # nothing is lost
+        if not (file.exists() and self.reached):  # nothing is lost
             about = dict(command=self.command(), machine=self.machine, versions=versions())
             entry = self.settings | {key: value for key, value in self.machine.items() if key != "device"}
             write(self.folder / "hyperparams.yml", yaml.safe_dump({self.env: entry}))
             write(file, json.dumps({"run": mine, **about}, indent=1))
-        his = json.loads(file.read_text())["run"]
-        if his != mine:
-            differ = ", ".join(f"{name}: {his.get(name)}, not {mine[name]}" for name in names if his.get(name) != mine[name])
-            raise SystemExit(f"{self.folder} holds a training with other settings ({differ}): choose another --out")
+        begun = json.loads(file.read_text())["run"]
+        differ = [
+            f"{name}: {begun.get(name)}, not {mine.get(name)}" for name in mine | begun if begun.get(name) != mine.get(name)
+        ]
+        if differ:
+            raise SystemExit(f"{self.folder} holds a training with other settings ({', '.join(differ)}): choose another --out")
 
 
 def versions() -> dict[str, str]:
@@ -139,25 +189,30 @@ def versions() -> dict[str, str]:
 
 
 def settings(variant: Variant, env: str, steps: int, baselines: str, learning_starts: int | None) -> dict[str, Any]:
-    """An entry of the zoo's YAML: DIPO's from this project's, others' from the zoo's or the paper's Table 2."""
-    cls = CLASSES[variant.algo]
-    off_policy = issubclass(cls, OffPolicyAlgorithm)
+    """
+    An entry of the zoo's YAML for one task.
+
+    :param variant: DIPO's entry is from this project's YAML; what the variant sets itself has precedence over all
+    :param env: task, as Gymnasium has it
+    :param steps: environment steps
+    :param baselines: "paper" or "zoo": where the entries of the other algorithms are from
+    :param learning_starts: random steps, in place of those of the YAML
+    """
     if variant.algo == "dipo":
-        found = entry((importlib.resources.files("sb3_dipo.hyperparams") / "dipo.yml").read_text(), env)
+        found = entry(importlib.resources.files("sb3_dipo.hyperparams").joinpath(variant.file).read_text(), env)
     elif baselines == "zoo":
         zoo = Path(importlib.util.find_spec("rl_zoo3").origin or "").parent  # type: ignore[union-attr]
         found = entry((zoo / "hyperparams" / f"{variant.algo}.yml").read_text(), env)
+    elif variant.algo in TABLE_2:
+        found = {"policy": "MlpPolicy", **TABLE_2[variant.algo]}
     else:
-        found = {"policy": "MlpPolicy", **PAPER[variant.algo]} | (dict(learning_starts=10_000) if off_policy else {})
-        found["policy_kwargs"] = as_text(found["policy_kwargs"])
-        if "exploration_noise" in found:
-            found |= dict(noise_type="normal", noise_std=found.pop("exploration_noise"))
-    if variant.fewer > 1:
-        found["action_gradient_steps"] = max(1, round(found["action_gradient_steps"] / variant.fewer))
+        raise SystemExit(f"--baselines must be zoo for {variant.algo}: the paper has no settings for it")
+    off_policy = issubclass(CLASSES[variant.algo], OffPolicyAlgorithm)
+    if off_policy and learning_starts is not None:
+        found["learning_starts"] = learning_starts
     found = {**found, **variant.settings, "n_timesteps": steps}
     if off_policy:  # a buffer is no larger than what comes into it, as checkpoints hold it
         found["buffer_size"] = min(steps, found.get("buffer_size", 1_000_000))
-        found |= {} if learning_starts is None else dict(learning_starts=learning_starts)
     return found
 
 
@@ -167,24 +222,6 @@ def entry(text: str, env: str) -> dict[str, Any]:
     name, _, number = env.rpartition("-v")
     older = [f"{name}-v{n}" for n in range(int(number), -1, -1)] if number.isdecimal() else [env]
     return dict(next((known[each] for each in older if each in known), known["default"]))
-
-
-def as_text(policy_kwargs: dict[str, Any]) -> str:
-    """As YAML can hold it, and the zoo evaluates it."""
-    words = (
-        f"{key}={f'nn.{value.__name__}' if isinstance(value, type) else repr(value)}" for key, value in policy_kwargs.items()
-    )
-    return f"dict({', '.join(words)})"
-
-
-def read_variants(path: Path) -> dict[str, Variant]:
-    """Of a YAML file: ``name: {algo: dipo, action_lr: 0.1, policy_kwargs: {num_train_timesteps: 50}}``, and so on."""
-    found = yaml.safe_load(path.read_text())
-    if not isinstance(found, dict) or not all(
-        isinstance(each, dict) and each.get("algo") in CLASSES for each in found.values()
-    ):
-        raise SystemExit(f"--variants must be a file with entries `name: {{algo: {'|'.join(CLASSES)}, ...}}`, not {path}")
-    return {name: Variant(each.pop("algo"), each, name) for name, each in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -272,29 +309,29 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
 
 # ------------------------------------------------------------------------------------------------- the command
 
-QUICK = dict(envs=["Hopper-v5"], seeds=[0, 1], steps=300, eval_freq=100, eval_episodes=2, learning_starts=100)
 
-
-def arguments(description: str, out: str, quick: str) -> argparse.ArgumentParser:
-    """A parser with the options that every grid has."""
+def arguments(description: str, out: str, quick: str, seeds: Sequence[int] = (0, 1, 2)) -> argparse.ArgumentParser:
+    """A parser with the options that every script has which trains."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--envs", nargs="+", metavar="ENV", default=["HalfCheetah-v5", "Hopper-v5"], help="(%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0, 1, 2], help="(%(default)s)")
-    parser.add_argument("--steps", type=positive, default=1_000_000, help="environment steps of a run (%(default)s)")
-    parser.add_argument("--eval-freq", type=positive, default=10_000, help="steps between evaluations (%(default)s)")
-    parser.add_argument("--eval-episodes", type=positive, default=10, help="of each evaluation (%(default)s)")
-    parser.add_argument("--learning-starts", type=int, help="random steps before, but for PPO (10,000, or the YAML's)")
-    parser.add_argument("--jobs", type=positive, help="runs at a time (1, or what the cluster has room for)")
-    parser.add_argument("--address", help="of a Ray cluster, or `auto`; otherwise all runs on this machine")
-    parser.add_argument("--gpus-per-run", type=float, default=0, help="a fraction, that Ray sets aside (%(default)s)")
-    parser.add_argument("--retries", type=int, default=2, help="of a run that fails (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=list(seeds), help="(%(default)s)")
+    parser.add_argument("--learning-starts", type=int, metavar="N", help="random steps before learning (the YAML's)")
+    parser.add_argument("--variants", type=Path, help="YAML file of more algorithms, see learning_curves.py")
+    parser.add_argument("--jobs", type=positive, help="trainings at a time (1, or what the cluster has room for)")
+    parser.add_argument("--address", help="of a Ray cluster, or `auto`; otherwise all trainings are on this machine")
+    parser.add_argument("--gpus-per-run", type=float, default=0, help="a fraction that Ray sets aside (%(default)s)")
+    parser.add_argument("--retries", type=int, default=2, help="of a training that fails (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of PyTorch (%(default)s)")
     parser.add_argument("--accelerate", default="auto", help="as DIPO takes it (%(default)s)")
-    parser.add_argument("--at", type=positive, help="compare after so many steps, where runs have not finished (--steps)")
-    parser.add_argument("--report", action="store_true", help="train nothing, and report on what is there")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything (%(default)s)")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, quick: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments; with --quick, `quick` has the defaults."""
+    if parser.parse_args().quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
 
 
 def positive(text: str) -> int:
@@ -304,14 +341,12 @@ def positive(text: str) -> int:
     return number
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What cannot be meant; and the number of runs at a time."""
-    for env in args.envs:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, envs: Sequence[str]) -> None:
+    """Refuse what cannot be meant, and set the number of trainings at a time."""
+    for env in envs:
         if env not in gym.registry:
             near = ", ".join(difflib.get_close_matches(env, gym.registry)) or "none is near"
             parser.error(f"--envs: {env} must be a task of Gymnasium's ({near})")
-    if args.eval_freq > args.steps:
-        parser.error(f"--eval-freq must be at most --steps, {args.steps}, not {args.eval_freq}")
     if args.retries < 0 or args.gpus_per_run < 0 or (args.learning_starts or 0) < 0:
         parser.error("--retries, --gpus-per-run and --learning-starts must be at least 0")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
@@ -322,47 +357,68 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--gpus-per-run must be above 0, such as 0.25, where Ray gives the GPU to runs: --device is cuda")
 
 
+def choose(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    known: Mapping[str, Variant] = VARIANTS,
+    option: str = "--algorithms",
+) -> dict[str, Variant]:
+    """The variants of these names, of those that are known or in the file that --variants names; tiny ones with --quick."""
+    known = {**known, **(read_variants(args.variants) if args.variants else {})}
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: {name} must be of {', '.join(known)}")
+    return {name: tiny(known[name]) if args.quick else known[name] for name in names}
+
+
+def read_variants(path: Path) -> dict[str, Variant]:
+    """Of a YAML file: ``name: {algo: dipo, action_lr: 0.1, policy_kwargs: {num_train_timesteps: 50}}``, and so on."""
+    found = yaml.safe_load(path.read_text())
+    if not isinstance(found, dict) or not all(
+        isinstance(each, dict) and each.get("algo") in CLASSES for each in found.values()
+    ):
+        raise SystemExit(f"--variants must be a file with entries `name: {{algo: {'|'.join(CLASSES)}, ...}}`, not {path}")
+    return {name: Variant(each.pop("algo"), each, name) for name, each in found.items()}
+
+
 def tiny(variant: Variant) -> Variant:
-    """That learns nothing, and soon."""
-    given = variant.settings | dict(
-        batch_size=32, policy_kwargs=variant.settings.get("policy_kwargs", {}) | dict(net_arch=[16])
-    )
-    return replace(variant, settings=given | (dict(action_gradient_steps=2) if variant.algo == "dipo" else {}))
+    """A variant that is trained in seconds, and learns nothing."""
+    own = variant.settings.get("policy_kwargs", {})
+    if variant.algo != "dipo":
+        return replace(variant, settings=variant.settings | dict(batch_size=32, policy_kwargs=own | dict(net_arch=[16])))
+    short = {} if "actor" in own else dict(num_train_timesteps=3)
+    given = dict(batch_size=32, action_gradient_steps=2, policy_kwargs=short | own | dict(net_arch=[16]))
+    return replace(variant, settings=variant.settings | given)
 
 
-def make_runs(variants: dict[str, Variant], args: argparse.Namespace) -> list[Run]:
-    """Seed by seed, so that what is cut off holds something of all."""
-    runs = []
-    for seed, env, (name, variant) in itertools.product(args.seeds, args.envs, variants.items()):
-        folder = args.out.resolve() / env.replace("/", "-") / name / f"seed{seed}"
-        machine = dict(device=args.device) | (dict(accelerate=args.accelerate) if variant.algo == "dipo" else {})
-        entry = settings(variant, env, args.steps, args.baselines, args.learning_starts)
-        runs.append(Run(folder, env, name, variant.algo, seed, args.steps, args.eval_freq, args.eval_episodes, entry, machine))
-    return runs
+def make_run(args: argparse.Namespace, env: str, name: str, variant: Variant, seed: int, **what: Any) -> Run:
+    """
+    A training in a folder of --out.
+
+    :param what: ``steps``, and of ``Run`` what is to differ: ``eval_freq``, ``eval_episodes``, ``snapshots``; ``baselines``
+        as ``settings`` takes it ("paper")
+    """
+    folder = args.out.resolve() / env.replace("/", "-") / name / f"seed{seed}"
+    machine = dict(device=args.device) | (dict(accelerate=args.accelerate) if variant.algo == "dipo" else {})
+    found = settings(variant, env, what["steps"], what.pop("baselines", "paper"), args.learning_starts)
+    given = dict(eval_freq=0, eval_episodes=1) | what
+    return Run(folder, env, name, variant.algo, seed, settings=found, machine=machine, **given)
 
 
-def run_and_report(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, variants: dict[str, Variant], title: str, out: Path
-) -> None:
-    """Train what is missing, and write tables and figures of what is there into `out`; exit status 1 where a run failed."""
-    from grid_report import report  # which imports this module
-
-    vars(args).update(QUICK if args.quick else {})
-    check(parser, args)
-    if args.quick:
-        variants = {name: tiny(variant) for name, variant in variants.items()}
+def train_or_exit(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
+    """Train what is missing, with Ctrl-C to interrupt it; what failed, and why."""
     log_to(args.out)
-    runs = make_runs(variants, args)
-    failed: dict[Run, str] = {}
-    if not args.report:
-        for run in runs:
-            run.claim_folder()
-        try:
-            failed = train_all(runs, args)
-        except KeyboardInterrupt:
-            print("Interrupted: the same command goes on from the last checkpoints.", file=sys.stderr)
-            os._exit(130)  # what still runs ends with this process
-    labels = {name: variant.label or name for name, variant in variants.items()}
-    print(report(runs, labels, out, title, args.at or args.steps))
+    for run in runs:
+        run.claim_folder()
+    try:
+        return train_all(runs, args)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on from the last checkpoints.", file=sys.stderr)
+        os._exit(130)  # what still runs ends with this process
+
+
+def failures(failed: dict[Run, str]) -> None:
+    """Exit with status 1 where a run has failed."""
     if failed:
         raise SystemExit("\n".join(f"failed: {run}: {why}" for run, why in failed.items()))
