@@ -94,15 +94,13 @@ class Critic(UsesOps, BaseModel, ABC):
         """
 
     @abstractmethod
-    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
+    def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """
         What :func:`sb3_dipo.improve_actions` climbs, and by which the best of several actions is chosen, at fixed states,
         whose features are computed once and take no gradient.
 
         :param obs: observations, batch_size first
-        :param repeats: actions for each state, which follow one another
-        :return: from actions (batch_size * repeats, action_dim) to values (batch_size * repeats, 1), differentiable in the
-            actions
+        :return: from actions (batch_size, action_dim) to values (batch_size, 1), differentiable in the actions
         """
 
     def _make_q_networks(self, n_critics: int, output_dim: int, layer_norm: bool) -> list[nn.Sequential]:
@@ -114,10 +112,9 @@ class Critic(UsesOps, BaseModel, ABC):
             self.add_module(f"qf{i}", q_network.apply(init_weights))
         return q_networks
 
-    def _fixed_features(self, obs: PyTorchObs, repeats: int) -> th.Tensor:
+    def _fixed_features(self, obs: PyTorchObs) -> th.Tensor:
         with th.no_grad():
-            features = self.extract_features(obs, self.features_extractor)
-        return features if repeats == 1 else features.repeat_interleave(repeats, dim=0)
+            return self.extract_features(obs, self.features_extractor)
 
 
 class EnsembleCritic(Critic):
@@ -162,9 +159,9 @@ class EnsembleCritic(Critic):
         self.q_value = th.cat(q_values, dim=1).detach().mean()
         return th.stack([F.mse_loss(each, targets) for each in q_values]).sum()
 
-    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
+    def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """min_i Q_i(s, .), equation (15); see :meth:`Critic.objective`."""
-        return self.ops.objective(self.q_networks, self._fixed_features(obs, repeats), smallest)
+        return self.ops.objective(self.q_networks, self._fixed_features(obs), smallest)
 
 
 class QuantileCritic(Critic):
@@ -235,9 +232,9 @@ class QuantileCritic(Critic):
         self.q_value = quantiles.detach().mean()
         return quantile_huber_loss(quantiles, targets.unsqueeze(1), sum_over_quantiles=False)
 
-    def objective(self, obs: PyTorchObs, repeats: int = 1) -> Callable[[th.Tensor], th.Tensor]:
+    def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """The mean over networks and quantiles; see :meth:`Critic.objective`."""
-        return self.ops.objective(self.q_networks, self._fixed_features(obs, repeats), average)
+        return self.ops.objective(self.q_networks, self._fixed_features(obs), average)
 
 
 CRITICS: dict[str, type[Critic]] = {"ensemble": EnsembleCritic, "quantile": QuantileCritic}

@@ -270,10 +270,15 @@ class DIPOPolicy(BasePolicy):
         if number == 1:
             actions: th.Tensor = actor(observation, which == "evaluation", sampler)
             return actions
+        repeated: PyTorchObs
+        if isinstance(observation, dict):
+            repeated = {key: values.repeat_interleave(number, dim=0) for key, values in observation.items()}
+        else:
+            repeated = observation.repeat_interleave(number, dim=0)
         features = actor.extract_features(observation).repeat_interleave(number, dim=0)
         sample = actor.deterministic_candidates if which == "evaluation" else actor.sample
         candidates = sample(features, sampler=sampler)
-        values = (self.critic_target if of_target else self.critic).objective(observation, number)(candidates)
+        values = (self.critic_target if of_target else self.critic).objective(repeated)(candidates)
         best = values.view(-1, number).argmax(dim=1)
         first = th.arange(len(best), dtype=th.int64, device=best.device) * number
         return candidates.index_select(0, first + best)

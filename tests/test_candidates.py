@@ -44,7 +44,7 @@ def test_the_candidate_that_the_critic_values_most_is_taken(which: str, accelera
         features = observations.repeat_interleave(5, dim=0)
         th.manual_seed(3)
         if which == "evaluation":
-            candidates = actor.deterministic_candidates(features, sampler)  # type: ignore[operator]
+            candidates = actor.deterministic_candidates(features, sampler)
         else:
             candidates = actor.sample(features, sampler=sampler)
         values = critic.next_value(features, candidates).view(7, 5)
