@@ -79,6 +79,7 @@ class DIPOBase(OffPolicyAlgorithm):
 
         for use, settings in (self.samplers or {}).items():
             self.policy.set_sampler(use, **settings)
+        self.samplers = None
         self.actor, self.actor_target = self.policy.actor, self.policy.actor_target
         self.critic, self.critic_target = self.policy.critic, self.policy.critic_target
         self._set_up_acceleration()
@@ -265,7 +266,10 @@ class DIPOBase(OffPolicyAlgorithm):
     ) -> None:
         """As SB3's."""
         self.samplers = self.policy.sampler_settings()
-        super().save(path, exclude, include)
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.samplers = None
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """

@@ -151,7 +151,7 @@ class DIPO(DIPOBase):
         self.accelerate = accelerate
         self.max_action_shift = max_action_shift
         self.action_gradient_start = action_gradient_start
-        self.samplers: dict[str, dict[str, Any]] | None = None  # as policy.set_sampler left them, in a saved model
+        self.samplers: dict[str, dict[str, Any]] | None = None  # of a file, as policy.set_sampler left them
 
         if _init_setup_model:
             self._setup_model()

@@ -1,516 +1,677 @@
 """
-The faster paths equal the plain one: eager and compiled kernels on the CPU, and what is captured in CUDA graphs. Where there
-is no GPU, a recorder takes the graph's place: it keeps the operators that a capture would keep and replays them without
-Python, so that a number that was baked in, or a tensor that has moved, shows as a difference.
+What is computed fast on the CPU equals the plain path on the same random numbers, but for the rounding of float32: samples,
+values, gradients of every order, whole updates. Of the compiled kernels: what they refuse, and what happens without them.
+CUDA graphs have their own tests, in ``test_cuda_graphs.py``, and what a fast path leaves to the modules is in
+``test_step_aside.py``.
 """
 
 import copy
+import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from envs import TinyEnv, differences, everything_learned, small_dipo
-from helpers import fill, make_agent
-from sb3_dipo.accelerate import CudaGraphs, map_tensors, move_towards, prepare_optimizer, set_learning_rate
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fast_and_plain import (
+    ACTION_DIM,
+    FLOAT32_ROUNDING,
+    OBS_DIM,
+    Inputs,
+    Results,
+    assert_same,
+    computed,
+    filled,
+    furthest_apart,
+    gradients_of,
+    largest_difference,
+    train,
+)
+from helpers import MODES
+from stable_baselines3.common.utils import polyak_update
 
-import sb3_dipo.guard
 import sb3_dipo.networks
-from sb3_dipo import DIPO, DIPODeviceReplayBuffer
-from sb3_dipo.arithmetic import PLAIN, choose_arithmetic
+from sb3_dipo import DIPO, DiffusionActor, Sampler, improve_actions
+from sb3_dipo.diffusion.solvers import SOLVERS
+from sb3_dipo.fast.guard import FusedGuard
+from sb3_dipo.fast.kernels import KernelError, Kernels, load_kernels
 
-READS = (th.ops.aten._local_scalar_dense.default, th.ops.aten.nonzero.default, th.ops.aten.is_nonzero.default)
-FLOAT32_ROUNDING = 1e-5
-
-
-class Recorder(TorchDispatchMode):
-    """
-    Keeps every operator with its tensors. What a capture cannot do is an error: to read a value, to copy one from the host,
-    to make a tensor without saying on which device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS:
-            raise RuntimeError(f"{func} waits for the device")
-        if func is th.ops.aten.lift_fresh.default:
-            raise RuntimeError("a tensor made of Python numbers is a copy from the host")
-        tensors = any(isinstance(leaf, th.Tensor) for leaf in tree_leaves((args, kwargs)))
-        if func.namespace == "aten" and not tensors and not (kwargs or {}).get("device"):
-            raise RuntimeError(f"{func} makes a tensor on the host")
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    @th.no_grad()
-    def replay(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, th.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.detach().copy_(new)
+FAST = [mode for mode in MODES if mode != "off"]
+fast = pytest.mark.parametrize("accelerate", FAST)
+ROWS = (1, 2, 15, 16, 17, 24, 25, 33, 256)
 
 
-class RecordedGraphs(CudaGraphs):
-    """As CudaGraphs, on the CPU."""
-
-    replays = 0
-
-    def _aside(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        return function(*inputs)
-
-    def _capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        recorder = Recorder()
-        with recorder:
-            outputs = function()
-        done = [True]  # a capture only records; the recorder has run it once, too
-
-        def replay() -> None:
-            self.replays += 1
-            if not done:
-                recorder.replay()
-            done.clear()
-
-        return replay, outputs
+def pair(accelerate: str, **kwargs: Any) -> tuple[DIPO, DIPO]:
+    """A plain agent, and one with the same weights that computes otherwise."""
+    return filled(accelerate="off", **kwargs), filled(accelerate=accelerate, **kwargs)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code that runs on a GPU, on the CPU."""
-    for module in (sb3_dipo.guard, sb3_dipo.networks):
-        monkeypatch.setattr(module, "on_host", lambda tensor: False)
+# ------------------------------------------------------------------------------------------------- equal to the plain path
 
 
-def record(model: DIPO, capture: bool = True) -> RecordedGraphs:
-    """Let an agent on the CPU capture as on a GPU, or do all that belongs to it, such as learning rates in tensors, only."""
-    graphs = RecordedGraphs(th.device("cpu"))
-    graphs._failed = not capture
-    model._graphs = graphs
-    model.policy.set_accelerate("auto", graphs)
-    for optimizer in (model.actor.optimizer, model.critic.optimizer):
-        prepare_optimizer(optimizer, capturable=False)
-        for group in optimizer.param_groups:
-            group["lr"] = th.tensor(float(group["lr"]))
-    return graphs
+@fast
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "ddpm"},
+        {"solver": "ddpm", "num_inference_steps": 7},
+        {"solver": "ddim"},
+        {"solver": "ddim", "eta": 0.5, "num_inference_steps": 5},
+        {"solver": "dpmpp_2m", "num_inference_steps": 6, "timestep_spacing": "lambda"},
+        {"solver": "exponential_integrator"},
+        {"solver": "ddpm", "num_inference_steps": 1},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_samples(accelerate: str, clip_sample: bool, settings: dict[str, Any]) -> None:
+    plain, model = pair(accelerate, policy_kwargs={"num_train_timesteps": 12, "clip_sample": clip_sample, **settings})
+    steps = settings.get("num_inference_steps", 12)
+    for rows in (*ROWS, 1000):
+        given = Inputs(rows, steps)
+        for noise_scale in (1.0, 0.0, 0.5):
+            results = []
+            for each in (plain, model):
+                sampler = Sampler(**{**settings, "noise_scale": noise_scale})
+                with th.no_grad():
+                    sampled = each.actor.sample(given.observations, given.initial_noise, given.noise, sampler)
+                    results.append((sampled, each.actor.deterministic_action(given.observations, sampler)))
+            assert rows < 15 or results[0][0].std() > 0.01
+            th.testing.assert_close(results[1], results[0], rtol=0, atol=FLOAT32_ROUNDING)
 
 
-def filled(seed: int = 0, rows: int = 64, obs_dim: int = 5, action_dim: int = 2, **kwargs: Any) -> DIPO:
-    """An agent with full-size parts and made-up data."""
-    th.manual_seed(seed)
-    kwargs.setdefault("policy_kwargs", {"net_arch": [256, 256], "num_train_timesteps": 4})
-    model = make_agent(obs_dim, action_dim, 1, **kwargs)
-    generator = np.random.default_rng(seed)
-    fill(
-        model,
-        observations=generator.normal(size=(rows, 1, obs_dim)).astype(np.float32),
-        actions=generator.uniform(-1, 1, size=(rows, 1, action_dim)).astype(np.float32),
-        rewards=generator.normal(size=(rows, 1)).astype(np.float32),
-        next_observations=generator.normal(size=(rows, 1, obs_dim)).astype(np.float32),
-        terminals=(generator.random((rows, 1)) < 0.1).astype(np.float32),
-    )
-    return model
+def test_all_solvers_are_compared() -> None:
+    marks: Any = vars(test_samples)["pytestmark"]
+    (parameters,) = (mark.args[1] for mark in marks if mark.args[0] == "settings")
+    assert {settings["solver"] for settings in parameters} == set(SOLVERS)
 
 
-def train(model: DIPO, updates: int, batch_size: int = 32, seed: int = 0, progress: float = 1.0) -> None:
-    """Updates under given random numbers."""
-    th.manual_seed(seed)
-    np.random.seed(seed)
-    model._current_progress_remaining = progress
-    model.train(updates, batch_size)
+@fast
+@pytest.mark.parametrize(
+    "net_arch", [[], [7], [1], [40, 17], [33, 64, 5], [19, 20, 21, 22], [128, 128]], ids=lambda arch: "-".join(map(str, arch))
+)
+@pytest.mark.parametrize("n_critics", [1, 2, 5])
+def test_any_depth_width_and_number_of_critics(accelerate: str, net_arch: list[int], n_critics: int) -> None:
+    """Values, samples, losses, and all gradients."""
+    plain, model = pair(accelerate, policy_kwargs={"net_arch": net_arch, "n_critics": n_critics})
+    for rows in (1, 16, 24, 25, 61) if n_critics == 2 else (3, 61):
+        given = Inputs(rows)
+        assert_same(computed(model, given), computed(plain, given))
 
 
-def largest_difference(first: DIPO, second: DIPO) -> float:
-    """Of any weight or stored action."""
-    ours, theirs = everything_learned(first), everything_learned(second)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+@fast
+def test_any_sizes_of_observations_and_actions(accelerate: str) -> None:
+    from helpers import make_agent
+
+    for obs_dim, action_dim, time_embed_dim in ((1, 1, 4), (111, 8, 32), (3, 17, 6)):
+        results: list[Results] = []
+        for mode in ("off", accelerate):
+            policy_kwargs = {"net_arch": [30, 31], "num_train_timesteps": 5, "time_embed_dim": time_embed_dim}
+            model = make_agent(obs_dim, action_dim, seed=0, accelerate=mode, policy_kwargs=policy_kwargs)
+            found: Results = {}
+            for rows in (1, 20, 50):
+                generator = th.Generator().manual_seed(rows)
+                observations = th.randn((rows, obs_dim), generator=generator)
+                actions = th.rand((rows, action_dim), generator=generator) * 2 - 1
+                noise = th.randn((5, rows, action_dim), generator=generator)
+                with th.no_grad():
+                    found[f"sample {rows}"] = model.actor.sample(observations, actions, noise)
+                    found[f"value {rows}"] = model.critic.next_value(observations, actions)
+                objective = model.critic.objective(observations)
+                found[f"improved {rows}"] = improve_actions(objective, actions, action_gradient_steps=5)
+            results.append(found)
+        assert_same(results[1], results[0])
 
 
-# ------------------------------------------------------------------------------------------------- the CPU's fast paths
+PARTS: dict[str, dict[str, Any]] = {
+    "LayerNorm": {"layer_norm": True},
+    "quantiles": {"critic": "quantile"},
+    "many quantiles": {"critic": "quantile", "n_critics": 5, "n_quantiles": 7, "layer_norm": True},
+    "flow": {"actor": "flow"},
+    "flow, midpoint": {"actor": "flow", "solver": "midpoint", "num_inference_steps": 4},
+    "candidates": {"num_candidates": 5},
+    "candidates of flow": {"actor": "flow", "num_candidates": 3, "critic": "quantile"},
+    "vae": {"actor": "vae", "layer_norm": True},
+    "no hidden layers": {"net_arch": [], "critic": "quantile"},
+}
 
 
-@pytest.mark.parametrize("accelerate", ["auto", "compile"])
-@pytest.mark.parametrize("batch_size", [8, 32])
+@fast
+@pytest.mark.parametrize("name", PARTS)
+def test_other_actors_and_critics(accelerate: str, name: str) -> None:
+    """What they act, value, climb, lose and learn."""
+    plain, model = pair(accelerate, policy_kwargs=PARTS[name])
+    for rows in (1, 8, 16, 30, 100):
+        given = Inputs(rows)
+        results: list[Results] = []
+        for each in (plain, model):
+            critic, actor = each.critic, each.actor
+            objective = critic.objective(given.observations)
+            climber = given.actions.clone().requires_grad_()
+            values: Any = critic(given.observations, given.actions)
+            found = {
+                "values": (th.cat(values, dim=1) if isinstance(values, tuple) else values).detach(),
+                "next_value": critic.next_value(given.observations, given.actions),
+                "improved": improve_actions(objective, given.actions, action_gradient_steps=3),
+                "slope": th.autograd.grad(objective(climber).sum(), climber)[0],
+            }
+            with th.no_grad():
+                found["objective"] = objective(given.actions)
+                for deterministic in (True, False):
+                    th.manual_seed(0)
+                    found[f"acts {deterministic}"] = each.policy(given.observations, deterministic=deterministic)
+            targets = found["next_value"] + given.targets
+            th.manual_seed(0)
+            for part, module, loss in (
+                ("critic", critic, critic.loss(given.observations, given.actions, targets)),
+                ("actor", actor, actor.loss(given.observations, given.actions)),
+            ):
+                found |= {f"{part} {key}": value for key, value in gradients_of(loss, module).items()}
+            results.append(found)
+        assert_same(results[1], results[0])
+    for each in (plain, model):
+        train(each, 3)
+    apart, moved = distance(model, plain)
+    assert moved > 1e-6 and apart < 1e-4 * moved
+
+
+@fast
+def test_large_batches(accelerate: str) -> None:
+    """So large that not all steps' constants are made in advance."""
+    plain, model = pair(accelerate, policy_kwargs={"net_arch": [64, 64], "num_train_timesteps": 10})
+    given = Inputs(2000, 10)
+    results = [each.actor.sample(given.observations, given.initial_noise, given.noise) for each in (plain, model)]
+    with th.no_grad():
+        results += [each.actor.sample(given.observations, given.initial_noise, given.noise) for each in (plain, model)]
+    for result in results[1:]:
+        th.testing.assert_close(result.detach(), results[0].detach(), rtol=0, atol=FLOAT32_ROUNDING)
+
+
+@fast
+def test_the_action_gradient_goes_through_each_rows_smallest_critic(accelerate: str) -> None:
+    """Also where one critic is the smallest for all rows, and the others for none, and where two are equal."""
+    for shift in (0.0, 100.0, -100.0, None):
+        slopes = []
+        for model in pair(accelerate, policy_kwargs={"n_critics": 3}):
+            networks = [model.critic.get_submodule(f"qf{i}") for i in range(3)]
+            if shift is None:
+                networks[1].load_state_dict(networks[0].state_dict())
+            else:
+                networks[0].get_parameter("4.bias").data += shift
+            given = Inputs(60)
+            improved = improve_actions(model.critic.objective(given.observations), given.actions, action_gradient_steps=1)
+            slopes.append(improved)
+        assert slopes[0].sub(given.actions).abs().max() > 1e-3
+        th.testing.assert_close(slopes[1], slopes[0], rtol=0, atol=FLOAT32_ROUNDING)
+
+
 @th.no_grad()
+def distance(first: DIPO, second: DIPO) -> tuple[float, float]:
+    """Squared, between the weights of two agents; and how far the second has come from where it started."""
+    start = filled(accelerate="off", policy_kwargs=second.policy_kwargs)
+    apart = moved = 0.0
+    triples = zip(first.policy.parameters(), second.policy.parameters(), start.policy.parameters(), strict=True)
+    for ours, theirs, then in triples:
+        apart += float((ours - theirs).square().sum())
+        moved += float((theirs - then).square().sum())
+    return apart, moved
+
+
+@fast
+@pytest.mark.parametrize("batch_size", [8, 32])
 def test_fifty_updates_equal_the_plain_path(accelerate: str, batch_size: int) -> None:
     """Also across a change of the learning rates. A difference of 1e-7 in an update grows over fifty; Adam's first steps move
     weights by the learning rate whatever the gradient's size, so that one of almost 0 may go either way."""
-    settings: dict[str, Any] = {"learning_rate": lambda progress: 3e-4 * progress, "qf_learning_rate": lambda p: 1e-3 * p}
-    plain, fast = filled(accelerate="off", **settings), filled(accelerate=accelerate, **settings)
-    start = [parameter.clone() for parameter in plain.policy.parameters()]
-    for seed, progress in enumerate([1.0, 0.3]):
-        for model in (plain, fast):
-            with th.enable_grad():
-                train(model, 25, batch_size, seed, progress)
-    moved = sum(float((now - then).square().sum()) for now, then in zip(plain.policy.parameters(), start, strict=True))
-    pairs = zip(plain.policy.parameters(), fast.policy.parameters(), strict=True)
-    apart = sum(float((now - other).square().sum()) for now, other in pairs)
-    assert moved > 1 and apart < 1e-5 * moved
-    for name in ("train/critic_loss", "train/actor_loss", "train/improved_q_gain"):
-        assert fast.logger.name_to_value[name] == pytest.approx(plain.logger.name_to_value[name], rel=1e-3)
-
-
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
-@pytest.mark.parametrize("clip_sample", [True, False])
-@pytest.mark.parametrize("rows", [1, 5, 20, 40])
-def test_samples_equal_the_plain_paths(solver: str, clip_sample: bool, rows: int) -> None:
-    policy_kwargs = {"num_train_timesteps": 20, "beta_schedule": "vp", "solver": solver, "clip_sample": clip_sample}
-    actor = filled(policy_kwargs=policy_kwargs).actor
-    generator = th.Generator().manual_seed(1)
-    features, initial_noise = th.randn((rows, 5), generator=generator), th.randn((rows, 2), generator=generator)
-    noise = th.randn((20, rows, 2), generator=generator)
-    for scale in (None, 0.0, 0.5):
-        results = []
-        for accelerate in ("off", "auto", "compile"):
-            actor.accelerate = accelerate
-            with th.no_grad():
-                results.append(actor.sample(features, initial_noise, noise, scale))
-        assert rows == 1 or results[0].std() > 0.01
-        for result in results[1:]:
-            th.testing.assert_close(result, results[0], rtol=0, atol=FLOAT32_ROUNDING)
-
-
-@pytest.mark.parametrize("net_arch", [[], [7], [40, 17, 64]])
-def test_any_widths(net_arch: list[int]) -> None:
-    plain = filled(accelerate="off", policy_kwargs={"net_arch": net_arch, "num_train_timesteps": 6})
-    for accelerate in ("auto", "compile"):
-        fast = filled(accelerate=accelerate, policy_kwargs={"net_arch": net_arch, "num_train_timesteps": 6})
-        for rows in (2, 50):
-            observations = np.random.default_rng(0).normal(size=(rows, 5)).astype(np.float32)
-            expected, _ = plain.predict(observations, deterministic=True)
-            np.testing.assert_allclose(fast.predict(observations, deterministic=True)[0], expected, rtol=0, atol=1e-5)
-        train(fast, 2)
-
-
-def test_other_activations_and_actors_take_the_plain_path() -> None:
-    for policy_kwargs in ({"activation_fn": th.nn.ReLU}, {"activation_fn": th.nn.Mish}, {"actor": "vae"}, {"actor": "mlp"}):
-        kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [256, 256], **policy_kwargs}}
-        plain, fast = filled(accelerate="off", **kwargs), filled(accelerate="compile", **kwargs)
-        for model in (plain, fast):
-            train(model, 1)
-        assert largest_difference(plain, fast) < 1e-4
-
-
-def test_other_types_than_float32_take_the_plain_path() -> None:
-    """Kernels read memory as float32."""
-    for rows in (2, 64):
-        for accelerate in ("auto", "compile"):
-            assert choose_arithmetic(th.zeros(rows, 5, dtype=th.float64), accelerate) is PLAIN
-    assert choose_arithmetic(th.zeros(64, 5), "auto") is not PLAIN
-    assert choose_arithmetic(th.zeros(64, 5), "off") is PLAIN
-
-
-def test_training_products_have_the_gradients_of_pytorchs() -> None:
-    generator = th.Generator().manual_seed(0)
-    model = filled()
-    observations, actions = th.randn((64, 5), generator=generator), th.rand((64, 2), generator=generator)
-    gradients = []
-    for accelerate in ("off", "auto", "compile"):
-        model.policy.set_accelerate(accelerate)
-        x = actions.clone().requires_grad_()
-        th.cat(model.critic(observations, x)).square().mean().backward()
-        gradients.append([x.grad, *(parameter.grad for parameter in model.critic.parameters())])
-        model.critic.zero_grad(set_to_none=True)
-    for fast in gradients[1:]:
-        for gradient, expected in zip(fast, gradients[0], strict=True):
-            assert gradient is not None and expected is not None and expected.abs().max() > 0
-            th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("accelerate", ["off", "auto", "compile"])
-def test_nan_is_not_hidden(accelerate: str) -> None:
-    model = filled(accelerate=accelerate)
-    for rows in (1, 64):
-        features = th.zeros(rows, 5)
-        features[0, 0] = th.nan
-        with th.no_grad():
-            actions = model.actor.sample(features)
-        assert actions[0].isnan().all() and not actions[1:].isnan().any()
-
-
-def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sb3_dipo.kernels import KernelError, load_kernels
-
-    for compiler, message in (("no-such-compiler", "no-such-compiler"), ("false", "false failed")):
-        monkeypatch.setenv("CXX", compiler)
-        load_kernels.cache_clear()
-        with pytest.raises(KernelError, match=message):
-            load_kernels()
-        with pytest.warns(UserWarning, match="`accelerate='compile'`.*runs as \"auto\""):
-            model = filled(accelerate="compile")
-        train(model, 1)
-        assert model.accelerate == "compile"
-    monkeypatch.setenv("CXX", "")
-    monkeypatch.setenv("PATH", "")
-    load_kernels.cache_clear()
-    with pytest.raises(KernelError, match="no C\\+\\+ compiler was found: set CXX"):
-        load_kernels()
-    monkeypatch.undo()
-    load_kernels.cache_clear()
-
-
-def test_bfloat16_moves_actions_little_and_is_saved(tmp_path: Any) -> None:
-    policy_kwargs = {"net_arch": [256, 256], "num_train_timesteps": 20, "inference_dtype": "bfloat16"}
-    rounded = filled(policy_kwargs=policy_kwargs)
-    exact = filled(policy_kwargs={**policy_kwargs, "inference_dtype": "float32"})
-    rounded.set_parameters(exact.get_parameters())
-    observations = np.random.default_rng(0).normal(size=(256, 5)).astype(np.float32)
-    moved = np.abs(rounded.predict(observations, deterministic=True)[0] - exact.predict(observations, deterministic=True)[0])
-    assert 0 < moved.mean() < 0.01
-    train(rounded, 3)
-    rounded.save(tmp_path / "model")
-    loaded = DIPO.load(tmp_path / "model")
-    assert loaded.policy.actor.inference_dtype == loaded.policy.critic.inference_dtype == "bfloat16"
-
-
-# ------------------------------------------------------------------------------------------------- CUDA graphs
-
-
-@pytest.mark.parametrize("on_device", [True, False], ids=["device storage", "host storage"])
-@pytest.mark.parametrize("persist", [True, False])
-def test_replayed_updates_are_eager_ones_to_the_bit(on_device: bool, persist: bool, as_on_a_gpu: None) -> None:
-    """Across changes of the learning rate, of the batch size, of the sampler, of gamma, and of the data."""
-    kwargs: dict[str, Any] = {
-        "learning_rate": lambda progress: 1e-3 * progress,
-        "actor_target_update_interval": 2,
-        "persist_improved_actions": persist,
+    settings: dict[str, Any] = {
+        "learning_rate": lambda progress: 3e-4 * progress,
+        "qf_learning_rate": lambda progress: 1e-3 * progress,
+        "policy_kwargs": {"net_arch": [128, 128]},
     }
-    if on_device:
-        kwargs["replay_buffer_class"] = DIPODeviceReplayBuffer
-    eager, captured = filled(**kwargs), filled(**kwargs)
-    graphs = record(captured)
-    record(eager, capture=False)
-    assert differences(everything_learned(eager), everything_learned(captured)) == []
-
-    def both(change: Callable[[DIPO], object], updates: int = 12, **given: Any) -> None:
-        for model in (eager, captured):
-            change(model)
-            train(model, updates, **given)
-        assert differences(everything_learned(eager), everything_learned(captured)) == []
-        logged = [dict(model.logger.name_to_value) for model in (eager, captured)]
-        assert logged[0] == logged[1]
-
-    def more_data(model: DIPO) -> None:
-        ones = np.ones((20, 1, 5), np.float32)
-        rewards = np.ones((20, 1), np.float32)
-        fill(model, ones, 0.5 * ones[:, :, :2], rewards, ones, 0 * rewards)
-
-    both(lambda model: None)
-    assert graphs.replays > 0
-    both(lambda model: None, seed=1, progress=0.2)
-    before = graphs.replays
-    both(lambda model: None, seed=2, batch_size=16)
-    both(more_data, seed=3, batch_size=16)
-    both(lambda model: model.policy.set_sampler("target", num_inference_steps=2), seed=4)
-    both(lambda model: setattr(model, "gamma", 0.5), seed=5)
-    assert graphs.replays > before
+    plain, model = pair(accelerate, **settings)
+    for seed, progress in enumerate([1.0, 0.3]):
+        for each in (plain, model):
+            train(each, 25, batch_size, seed, progress)
+    apart, moved = distance(model, plain)
+    assert moved > 0.5 and apart < 1e-5 * moved
+    for name in ("train/critic_loss", "train/actor_loss", "train/improved_q_gain", "train/action_shift", "train/q_value"):
+        assert model.logger.name_to_value[name] == pytest.approx(plain.logger.name_to_value[name], rel=1e-3)
+    buffers: list[Any] = [each.replay_buffer for each in (plain, model)]
+    assert np.abs(buffers[0].improved_actions - buffers[0].actions).max() > 0.1
+    np.testing.assert_allclose(buffers[1].improved_actions, buffers[0].improved_actions, rtol=0, atol=2e-3)
 
 
-def test_fifty_replayed_updates_also_across_save_and_load(as_on_a_gpu: None, tmp_path: Any) -> None:
-    eager, captured = filled(), filled()
-    record(captured)
-    record(eager, capture=False)
-    for model in (eager, captured):
-        train(model, 25)
-    captured.save(tmp_path / "model")
-    captured.save_replay_buffer(tmp_path / "buffer")
-    loaded = DIPO.load(tmp_path / "model", env=captured.get_env())
-    loaded.set_logger(captured.logger)
-    loaded.load_replay_buffer(tmp_path / "buffer")
-    record(loaded)
-    for model in (eager, captured, loaded):
-        train(model, 25, seed=1)
-    assert differences(everything_learned(eager), everything_learned(captured)) == []
-    assert differences(everything_learned(eager), everything_learned(loaded)) == []
-    # parameters put back into an agent that has captured already
-    captured.set_parameters(copy.deepcopy(eager.get_parameters()))
-    for optimizer in (captured.actor.optimizer, captured.critic.optimizer):
-        for group in optimizer.param_groups:
-            group["lr"] = th.tensor(float(group["lr"]))
-    for model in (eager, captured):
-        train(model, 8, seed=2)
-    assert differences(everything_learned(eager), everything_learned(captured)) == []
+@fast
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_fn": th.nn.ReLU},
+        {"actor": "vae"},
+        {"actor": "mlp"},
+        {"net_arch": []},
+        {"net_arch": {"pi": [33], "qf": [65, 3]}},
+        {"optimizer_class": th.optim.SGD},
+        {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}},
+        {"optimizer_class": th.optim.RMSprop},
+        {"optimizer_kwargs": {"amsgrad": True, "eps": 1e-5}},
+        {"optimizer_kwargs": {"foreach": True, "eps": 1e-5}},
+    ],
+    ids=str,
+)
+def test_other_policies(accelerate: str, settings: dict[str, Any]) -> None:
+    plain, model = pair(accelerate, policy_kwargs=settings)
+    for each in (plain, model):
+        train(each, 3)
+    assert largest_difference(plain, model) < 1e-3
+    apart, moved = distance(model, plain)
+    assert moved > 1e-8 and apart < 1e-4 * moved
 
 
-def test_acting_is_captured_for_each_batch_size(as_on_a_gpu: None) -> None:
-    """Not to the bit: products round by where in memory their numbers lie."""
-    eager, captured = filled(), filled()
-    graphs = record(captured)
-    generator = np.random.default_rng(0)
-    for call in range(8):
-        for rows in (1, 16):
-            observations = generator.normal(size=(rows, 5)).astype(np.float32)
-            for deterministic in (True, False):
-                results = []
-                for model in (eager, captured):
-                    th.manual_seed(call)
-                    results.append(model.predict(observations, deterministic=deterministic)[0])
-                np.testing.assert_allclose(
-                    results[1], results[0], rtol=0, atol=1e-6
-                )  # products round by where their numbers lie
-    assert graphs.replays == 4 * 5
-    # what acts next has learned, and samples otherwise
-    for model in (eager, captured):
-        train(model, 6)
-        model.policy.set_sampler("behaviour", noise_scale=0.5, num_inference_steps=3)
-    for call in range(6):
-        results = []
-        for model in (eager, captured):
-            th.manual_seed(call)
-            results.append(model.predict(observations)[0])
-        np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-5)
+@pytest.mark.parametrize("accelerate", MODES)
+@pytest.mark.parametrize("value", [th.nan, th.inf, -th.inf])
+def test_nan_is_not_hidden(accelerate: str, value: float) -> None:
+    """It is in the action of its own state, and in no other; a clipped infinity is what the plain path makes of it."""
+    plain, model = pair(accelerate)
+    for rows in (1, 8, 64):
+        given = Inputs(rows)
+        given.observations[0, 0] = value
+        with th.no_grad():
+            actions, expected = (
+                each.actor.sample(given.observations, given.initial_noise, given.noise) for each in (model, plain)
+            )
+            q_values = [each.critic.next_value(given.observations, given.actions) for each in (model, plain)]
+        assert actions[0].isnan().any() or value != th.nan
+        assert not actions[1:].isnan().any()
+        th.testing.assert_close(actions, expected, equal_nan=True, rtol=0, atol=FLOAT32_ROUNDING)
+        th.testing.assert_close(q_values[0], q_values[1], equal_nan=True)
+        given.observations[0, 0], given.noise[0, 0, 0] = 0.0, value
+        with th.no_grad():
+            actions, expected = (
+                each.actor.sample(given.observations, given.initial_noise, given.noise) for each in (model, plain)
+            )
+        th.testing.assert_close(actions, expected, equal_nan=True, rtol=0, atol=FLOAT32_ROUNDING)
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace_when_replayed(as_on_a_gpu: None) -> None:
-    from sb3_dipo.guard import NonFiniteLossError
-
-    for on_device in (True, False):
-        captured = filled(replay_buffer_class=DIPODeviceReplayBuffer if on_device else None)
-        graphs = record(captured)
-        train(captured, 10)
-        assert graphs.replays > 0
-        before, buffer = everything_learned(captured), captured.replay_buffer
-        assert buffer is not None
-        buffer.rewards[:] = np.nan if not on_device else th.nan
-        updates = captured._n_updates
-        with pytest.raises(NonFiniteLossError, match=rf"`critic_loss`.* in update {updates + 1} "):
-            train(captured, 5, seed=1)
-        assert captured._n_updates == updates
-        assert differences(before, everything_learned(captured)) == []
-        buffer.rewards[:] = 1.0
-        train(captured, 3, seed=2)
-        assert captured._n_updates == updates + 3
-
-
-def test_a_capture_that_fails_falls_back_with_one_warning(as_on_a_gpu: None) -> None:
-    """Such as that of an optimizer whose step must be decided on the host."""
-    policy_kwargs = {"net_arch": [16], "num_train_timesteps": 3, "optimizer_class": th.optim.RMSprop}
-    eager, captured = filled(policy_kwargs=policy_kwargs), filled(policy_kwargs=policy_kwargs)
-    graphs = RecordedGraphs(th.device("cpu"))
-    captured._graphs = graphs
-    train(eager, 10)
-    with pytest.warns(UserWarning, match="CUDA graphs cannot be used here, everything runs eagerly.*waits for the device"):
-        train(captured, 10)
-    assert graphs.replays == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(eager, 5, batch_size=16)
-        train(captured, 5, batch_size=16)
-    assert eager._n_updates == captured._n_updates == 15
+@fast
+def test_numbers_far_from_zero(accelerate: str) -> None:
+    """Where exponentials overflow and sigmoids round to 1."""
+    plain, model = pair(accelerate)
+    for rows in (8, 40):
+        given = Inputs(rows)
+        for scale in (1e-30, 1e2, 1e4, 1e30):
+            results = []
+            for each in (plain, model):
+                observations = scale * given.observations
+                with th.no_grad():
+                    found = {
+                        "q_values": th.cat(each.critic(observations, given.actions), dim=1) / max(scale, 1.0),
+                        "sample": each.actor.sample(observations, given.initial_noise, given.noise),
+                    }
+                if scale < 1e10:  # whose square is a float32
+                    loss = each.critic.loss(observations, given.actions, given.targets)
+                    found |= {name: value / max(scale**2, 1.0) for name, value in gradients_of(loss, each.critic).items()}
+                results.append(found)
+            for name, expected in results[0].items():
+                th.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_an_agent_with_graphs_can_be_copied_and_saved(tmp_path: Any, as_on_a_gpu: None) -> None:
-
-    model = small_dipo(TinyEnv())
-    graphs = record(model)
-    model.learn(60)
-    assert graphs.replays > 0
-    copied = pickle.loads(pickle.dumps(graphs))
-    assert copied._captured == {} and copied.device == graphs.device
-    policy = copy.deepcopy(model.policy)
-    assert policy._graphs is not graphs
-    model.save(tmp_path / "model")
-    assert DIPO.load(tmp_path / "model")._graphs is None
+# ------------------------------------------------------------------------------------------------- optimizers and targets
 
 
-def test_more_shapes_than_graphs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_dipo.accelerate.MAX_GRAPHS", 2)
-    graphs = RecordedGraphs(th.device("cpu"))
-    for _ in range(6):
-        for size in (1, 2, 3):
-            assert th.equal(graphs(lambda x: 2 * x, "double", th.ones(size)), 2 * th.ones(size))
-    assert len(graphs._captured) == 2
-
-
-def test_map_tensors() -> None:
-    tree = ({"a": th.ones(2), "b": None}, (th.zeros(1), 3))
-    doubled = map_tensors(lambda x, y: x + y, tree, tree)
-    assert th.equal(doubled[0]["a"], 2 * th.ones(2)) and doubled[0]["b"] is None and doubled[1][1] == 3
-
-
-# ------------------------------------------------------------------------------------------------- optimizers
-
-
-def test_polyak_averaging_is_sb3s() -> None:
-    from stable_baselines3.common.utils import polyak_update
-
+def test_polyak_averages_are_sb3s() -> None:
     generator = th.Generator().manual_seed(0)
     tensors = [th.randn(shape, generator=generator) for shape in ((3, 4), (5,), ())]
-    for tau in (0.005, 1.0, 0.3):
+    for tau in (0.005, 1.0, 0.3, 0.0):
         ours, theirs = ([th.ones_like(tensor) / 3 for tensor in tensors] for _ in range(2))
-        move_towards(ours, tensors, tau, th.tensor(True))
+        FusedGuard().polyak_update(tensors, ours, tau)
         polyak_update(tensors, theirs, tau)
         th.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-        before = [tensor.clone() for tensor in ours]
-        move_towards(ours, tensors, tau, th.tensor(False))
-        assert all(th.equal(first, second) for first, second in zip(ours, before, strict=True))
-    move_towards([], [], 0.5, th.tensor(True))
+    FusedGuard().polyak_update([], [], 0.5)
 
 
-def test_fused_steps_equal_the_plain_ones() -> None:
-    """And take learning rates that are tensors."""
-    results = []
-    for fused in (False, True):
-        parameter = th.nn.Parameter(th.linspace(-1, 1, 50))
-        optimizer = th.optim.Adam([parameter], lr=1e-2, eps=1e-5)
-        if fused:
-            prepare_optimizer(optimizer, capturable=False)
-            optimizer.param_groups[0]["lr"] = th.tensor(1e-2)
-        for step in range(20):
-            set_learning_rate(optimizer, 1e-2 / (step + 1))
-            parameter.grad = th.sin(parameter.detach() * (step + 1))
-            optimizer.step()
-        results.append(parameter.detach())
-    th.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+@fast
+def test_options_that_the_user_chose_for_the_optimizer_stay(accelerate: str) -> None:
+    chosen: list[dict[str, Any]] = [{"foreach": True}, {"fused": False}, {"differentiable": False}, {"foreach": False}]
+    for options in chosen:
+        model = filled(accelerate=accelerate, policy_kwargs={"net_arch": [8], "optimizer_kwargs": {**options, "eps": 1e-5}})
+        train(model, 2)
+        group = model.actor.optimizer.param_groups[0]
+        for name, value in options.items():
+            assert group[name] == value
 
 
-def test_options_that_the_user_chose_for_the_optimizer_stay() -> None:
-    model = filled(policy_kwargs={"net_arch": [8], "optimizer_kwargs": {"foreach": True, "eps": 1e-5}})
-    group = model.actor.optimizer.param_groups[0]
-    assert group["foreach"] is True and not group["fused"]
-    train(model, 2)
-
-
-def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back() -> None:
-    """What a saved file of the other device holds: learning rates and flags."""
-    model = filled()
-    train(model, 2)
-    parameters = model.get_parameters()
-    group = parameters["actor.optimizer"]["param_groups"][0]
-    group.update(capturable=True, fused=True, lr=th.tensor(1e-3))
+@pytest.mark.parametrize("accelerate", MODES)
+def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back(accelerate: str) -> None:
+    """What a saved file of the other device holds: learning rates in tensors, and flags."""
+    source = filled(accelerate="auto", persist_improved_actions=False)
+    train(source, 2)
+    parameters = copy.deepcopy(source.get_parameters())
+    for group in parameters["actor.optimizer"]["param_groups"]:
+        group.update(capturable=True, fused=True, lr=th.tensor(1e-3))
+    for state in parameters["actor.optimizer"]["state"].values():
+        state["step"] = th.tensor(float(state["step"]))
+    model = filled(accelerate=accelerate, persist_improved_actions=False)
     model.set_parameters(parameters)
     group = model.actor.optimizer.param_groups[0]
     assert group["capturable"] is False and isinstance(group["lr"], float)
-    train(model, 2)
-    plain = filled(accelerate="off")
-    plain.set_parameters(parameters)
-    train(plain, 2)
+    for each in (source, model):
+        train(each, 2, seed=3)
+    th.testing.assert_close(model.policy.state_dict(), source.policy.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("on_device", [True, False], ids=["device storage", "host storage"])
-def test_captured_updates_equal_eager_ones_on_a_gpu(on_device: bool) -> None:
-    kwargs: dict[str, Any] = {"device": "cuda", "learning_rate": lambda progress: 1e-3 * progress}
-    if not on_device:
-        kwargs["replay_buffer_kwargs"] = {}
-    kwargs["replay_buffer_class"] = DIPODeviceReplayBuffer if on_device else None
-    eager, captured = filled(accelerate="off", **kwargs), filled(accelerate="cudagraphs", **kwargs)
+# ------------------------------------------------------------------------------------------------- compiled kernels
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return load_kernels()
+
+
+def kernel_arguments() -> dict[str, Any]:
+    """A reverse process of 3 steps for 2 states, with 2 action dimensions and hidden layers of 4 and 5."""
+    generator = th.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> th.Tensor:
+        return th.randn(shape, generator=generator)
+
+    return {
+        "coefficients": normal(3, 5),
+        "constants": normal(3, 2, 4),
+        "on_action": normal(2, 4),
+        "layers": [(normal(5, 4), normal(5)), (normal(2, 5), normal(2))],
+        "initial_noise": normal(2, 2),
+        "added": normal(3, 2, 2),
+    }
+
+
+BAD_TENSORS = {
+    "float64": lambda x: x.double(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "int32": lambda x: x.int(),
+    "meta": lambda x: x.to("meta"),
+    "fewer": lambda x: x[1:],
+    "wider": lambda x: th.cat([x, x], dim=-1),
+    "flat": lambda x: x.flatten()[1:],
+}
+
+
+@pytest.mark.parametrize("what", BAD_TENSORS)
+@pytest.mark.parametrize("name", ["coefficients", "constants", "on_action", "weight", "bias", "initial_noise", "added"])
+def test_the_kernel_refuses_what_it_would_read_wrongly(kernels: Kernels, name: str, what: str) -> None:
+    good = kernel_arguments()
+    expected = kernels.sample(**good)
+    assert expected.shape == (2, 2) and th.equal(kernels.sample(**kernel_arguments()), expected)
+    bad = copy.copy(good)
+    if name == "weight":
+        bad["layers"] = [(BAD_TENSORS[what](good["layers"][0][0]), good["layers"][0][1]), good["layers"][1]]
+    elif name == "bias":
+        bad["layers"] = [(good["layers"][0][0], BAD_TENSORS[what](good["layers"][0][1])), good["layers"][1]]
+    else:
+        bad[name] = BAD_TENSORS[what](good[name])
+    with pytest.raises(TypeError, match="kernel"):
+        kernels.sample(**bad)
+
+
+def test_the_kernel_takes_any_strides(kernels: Kernels) -> None:
+    good = kernel_arguments()
+    expected = kernels.sample(**good)
+    strided: Any = th.utils._pytree.tree_map(lambda x: th.stack([x, -x], dim=-1)[..., 0], good)
+    assert not strided["constants"].is_contiguous()
+    assert th.equal(kernels.sample(**strided), expected)
+    # a lazily negated view reads its numbers with the other sign
+    negated: Any = th.utils._pytree.tree_map(lambda x: th.complex(x, -x).conj().imag, good)
+    assert negated["constants"].is_neg()
+    assert th.equal(kernels.sample(**negated), expected)
+    assert th.equal(kernels.sample(**{**good, "added": None}), kernels.sample(**{**good, "added": th.zeros(3, 2, 2)}))
+
+
+def test_the_kernels_of_mish_refuse_other_types(kernels: Kernels) -> None:
+    x = th.linspace(-3, 3, 12).view(3, 4)
+    for change in (lambda x: x.double(), lambda x: x.half(), lambda x: x.long(), lambda x: x.to("meta"), lambda x: x > 0):
+        with pytest.raises(TypeError, match="kernels"):
+            kernels.mish(change(x))
+        with pytest.raises(TypeError, match="kernels"):
+            kernels.mish_backward(change(x), x)
+        with pytest.raises(TypeError, match="kernels"):
+            kernels.mish_backward(x, change(x))
+    with pytest.raises((TypeError, RuntimeError)):
+        kernels.mish_backward(th.ones(2, 4), x)
+    expected = th.nn.functional.mish(x)
+    lone = th.complex(x[2:, 3:], -x[2:, 3:]).conj().imag
+    for given, result in ((x, expected), (x.t(), expected.t()), (lone, expected[2:, 3:]), (x[:0], expected[:0])):
+        th.testing.assert_close(kernels.mish(given), result, rtol=1e-6, atol=1e-7)
+
+
+FAR = [-3e38, -1e36, -1e10, -200.0, -100.0, -88.0, -87.0, -20.0, -1e-30, 0.0, 1e-30, 19.9, 20.1, 88.0, 1e10, 3e38]
+
+
+def test_the_kernel_of_mish_is_pytorchs_everywhere(kernels: Kernels) -> None:
+    """Also where exponentials under- or overflow; what is infinite is as for PyTorch, so that nothing is hidden."""
+    x = th.tensor([*FAR, th.inf, -th.inf, th.nan])
+    th.testing.assert_close(kernels.mish(x), th.nn.functional.mish(x), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_the_slope_of_mish_is_pytorchs_everywhere(kernels: Kernels) -> None:
+    x = th.tensor(FAR)
+    slope = th.ops.aten.mish_backward(th.ones_like(x), x)
+    th.testing.assert_close(kernels.mish_backward(th.ones_like(x), x), slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Changes of the environment count at once, and are forgotten at the end."""
+    load_kernels.cache_clear()
+    with monkeypatch.context() as patch:
+        yield patch
+    load_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [("no-such-compiler", "no-such-compiler"), ("false", "false failed"), ("true", "true failed|cannot open")],
+)
+def test_a_broken_compiler(compiler: pytest.MonkeyPatch, command: str, message: str) -> None:
+    """It fails, it is not there, or it writes nothing: one warning, and everything runs as with "auto"."""
+    compiler.setenv("CXX", command)
+    with pytest.raises(KernelError, match=message):
+        load_kernels()
+    with pytest.warns(UserWarning, match=r"`accelerate='compile'`.*\"auto\"") as caught:
+        model = filled(accelerate="compile")
+        train(model, 1)
+        model.predict(np.zeros((40, OBS_DIM), np.float32))
+    assert len(caught) == 1 and caught[0].filename == __file__.replace("test_accelerate", "helpers")
+    assert model.accelerate == "compile"  # it is a request: another machine may grant it
+    auto = filled(accelerate="auto")
+    train(auto, 1)
+    assert largest_difference(model, auto) == 0
+    given = Inputs(30)
+    assert_same(computed(model, given), computed(auto, given), atol=0, rtol=0)
+
+
+def test_no_compiler_at_all(compiler: pytest.MonkeyPatch) -> None:
+    compiler.setenv("CXX", "")
+    compiler.setenv("PATH", "")
+    with pytest.raises(KernelError, match=r"no C\+\+ compiler was found: set CXX"):
+        load_kernels()
+
+
+def test_a_compiled_agent_reaches_a_machine_without_a_compiler(compiler: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pickled, as a worker process gets it, or saved."""
+    model = filled(accelerate="compile")
+    observations = np.random.default_rng(0).normal(size=(8, OBS_DIM)).astype(np.float32)
+    expected = model.predict(observations, deterministic=True)[0]
+    pickled = pickle.dumps(model.policy)
+    model.save(tmp_path / "model")
+    compiler.setenv("CXX", "false")
+    load_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="`accelerate='compile'`"):
+        loaded = DIPO.load(tmp_path / "model", device="cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for seed, progress in enumerate([1.0, 0.3]):
-            for model in (eager, captured):
-                train(model, 25, seed=seed, progress=progress)
-    assert captured._graphs is not None and len(captured._graphs._captured) > 0
-    assert largest_difference(eager, captured) < 1e-3
-    observations = np.zeros((4, 5), np.float32)
-    for _ in range(6):
-        actions = [model.predict(observations, deterministic=True)[0] for model in (eager, captured)]
-    np.testing.assert_allclose(actions[1], actions[0], rtol=0, atol=1e-3)
+        warnings.simplefilter("ignore")
+        unpickled = pickle.loads(pickled)
+    for policy in (loaded.policy, unpickled):
+        np.testing.assert_allclose(policy.predict(observations, deterministic=True)[0], expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("accelerate", MODES)
+@pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
+def test_bfloat16_is_for_acting_and_the_action_gradient_alone(accelerate: str, actor: str, tmp_path: Path) -> None:
+    """TD targets and training steps stay in float32, with any actor."""
+    settings = {"actor": actor, "net_arch": [256, 256]}
+    rounded = filled(accelerate=accelerate, policy_kwargs={**settings, "inference_dtype": "bfloat16"})
+    exact = filled(accelerate="off", policy_kwargs=settings)
+    for rows in (8, 200):
+        given = Inputs(rows)
+        noise = {"noise": given.initial_noise} if actor == "mlp" else {}
+        results = []
+        for model in (rounded, exact):
+            critic = model.critic
+            th.manual_seed(0)
+            found = {
+                "next_value": critic.next_value(given.observations, given.actions),
+                "q_values": th.cat(critic(given.observations, given.actions), dim=1).detach(),
+                **gradients_of(critic.loss(given.observations, given.actions, given.targets), critic),
+                **gradients_of(model.actor.loss(given.observations, given.actions, **noise), model.actor),
+            }
+            results.append(found)
+        assert_same(results[0], results[1])
+    objectives = [model.critic.objective(given.observations) for model in (rounded, exact)]
+    improved = [improve_actions(objective, given.actions, action_gradient_steps=3) for objective in objectives]
+    moved = [float((each - given.actions).abs().mean()) for each in improved]
+    assert moved[0] == pytest.approx(moved[1], rel=0.05)
+    assert (float((improved[0] - improved[1]).abs().mean()) > 1e-6) == (accelerate != "off")
+    train(rounded, 2, 64)
+    rounded.save(tmp_path / "model")
+    loaded = DIPO.load(tmp_path / "model", device="cpu")
+    assert loaded.policy.inference_dtype == "bfloat16"
+    observations = given.observations.numpy()
+    np.testing.assert_array_equal(
+        loaded.predict(observations, deterministic=True)[0], rounded.predict(observations, deterministic=True)[0]
+    )
+
+
+@fast
+def test_bfloat16_is_not_for_the_objectives_value(accelerate: str) -> None:
+    """Of which the gain is logged, a small difference of large numbers; nor for its gradient by autograd."""
+    for rows in (8, 200):
+        results = []
+        for options in ({"inference_dtype": "bfloat16"}, {}):
+            model = filled(accelerate=accelerate, policy_kwargs={"net_arch": [256, 256], **options})
+            given = Inputs(rows)
+            objective = model.critic.objective(given.observations)
+            climber = given.actions.clone().requires_grad_()
+            (slope,) = th.autograd.grad(objective(climber).sum(), climber)
+            with th.no_grad():
+                results.append({"slope": slope, "value": objective(given.actions)})
+        assert_same(results[0], results[1])
+
+
+@fast
+def test_bfloat16_in_the_reverse_process(accelerate: str) -> None:
+    """Actions differ, and only a little; few rows are not worth it."""
+    settings = {"net_arch": [256, 256], "num_train_timesteps": 20}
+    rounded = filled(accelerate=accelerate, policy_kwargs={**settings, "inference_dtype": "bfloat16"})
+    exact = filled(accelerate="off", policy_kwargs=settings)
+    observations = np.random.default_rng(0).normal(size=(256, OBS_DIM)).astype(np.float32)
+    moved = np.abs(rounded.predict(observations, deterministic=True)[0] - exact.predict(observations, deterministic=True)[0])
+    assert 1e-7 < moved.mean() < 0.01
+    few = [model.predict(observations[:8], deterministic=True)[0] for model in (rounded, exact)]
+    np.testing.assert_allclose(few[0], few[1], rtol=0, atol=FLOAT32_ROUNDING)
+
+
+def test_bfloat16_gradients_through_the_policy_are_those_of_its_value() -> None:
+    """With gradients on, modules are called."""
+    rounded = filled(policy_kwargs={"inference_dtype": "bfloat16"})
+    exact = filled(accelerate="off")
+    slopes = []
+    for model in (rounded, exact):
+        observations = Inputs(40).observations.requires_grad_()
+        model.policy(observations, deterministic=True).sum().backward()
+        slopes.append(observations.grad)
+    th.testing.assert_close(slopes[0], slopes[1], rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("accelerate", MODES)
+def test_an_agent_can_be_pickled_and_copied(accelerate: str) -> None:
+    model = filled(accelerate=accelerate, policy_kwargs={"num_train_timesteps": 20})
+    model.policy.set_sampler("behaviour", num_inference_steps=5)
+    observations = np.random.default_rng(0).normal(size=(30, OBS_DIM)).astype(np.float32)
+    for rows in (30, 4):
+        model.predict(observations[:rows])
+    stream = io.BytesIO()
+    th.save(model.policy, stream)
+    stream.seek(0)
+    copies = [
+        copy.deepcopy(model.policy),
+        pickle.loads(pickle.dumps(model.policy)),
+        th.load(stream, weights_only=False),
+        copy.deepcopy(model).policy,
+    ]
+    given = Inputs(40)
+    for policy in copies:
+        assert isinstance(policy.actor, DiffusionActor)
+        for rows in (30, 4):
+            results = []
+            for each in (policy, model.policy):
+                th.manual_seed(0)
+                results.append([each.predict(observations[:rows], deterministic=flag)[0] for flag in (True, False)])
+            np.testing.assert_array_equal(results[0], results[1])
+        value = policy.critic.next_value(given.observations, given.actions)
+        assert th.equal(value, model.critic.next_value(given.observations, given.actions))
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        train(each, 2)
+    assert largest_difference(model, copied) == 0
+
+
+@fast
+def test_a_policy_loaded_alone_computes_fast_and_right(accelerate: str, tmp_path: Path) -> None:
+    from sb3_dipo import DIPOPolicy
+
+    model = filled(accelerate=accelerate)
+    model.policy.save(str(tmp_path / "policy.pkl"))
+    loaded = DIPOPolicy.load(str(tmp_path / "policy.pkl"), device="cpu")
+    loaded.set_accelerate(accelerate)
+    observations = np.random.default_rng(0).normal(size=(30, OBS_DIM)).astype(np.float32)
+    np.testing.assert_array_equal(
+        loaded.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
+
+
+def test_the_mode_can_be_changed_at_any_time() -> None:
+    model, plain = filled(accelerate="off"), filled(accelerate="off")
+    given = Inputs(40)
+    expected = computed(plain, given)
+    for accelerate in ("auto", "off", "compile", "auto", "cudagraphs", "off"):
+        model.policy.set_accelerate(accelerate)
+        found = computed(model, given)
+        assert_same(found, expected)
+        assert (furthest_apart(found, expected) == 0) == (accelerate == "off") or accelerate == "cudagraphs"
+    with pytest.raises(ValueError, match="accelerate"):
+        model.policy.set_accelerate("fast")
+    assert ACTION_DIM == 2 and sb3_dipo.networks.PLAIN is model.actor.ops
+
+
+def test_fast_paths_are_taken_where_they_should_be() -> None:
+    """Else all of the above would compare the plain path with itself. They call no module."""
+    calls: dict[str, list[str]] = {}
+    for accelerate in MODES:
+        model = filled(accelerate=accelerate)
+        given = Inputs(40)
+        with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CPU]) as profile:
+            with th.no_grad():
+                model.actor.sample(given.observations, given.initial_noise, given.noise)
+            improve_actions(model.critic.objective(given.observations), given.actions, action_gradient_steps=2)
+            model.critic.loss(given.observations, given.actions, given.targets).backward()
+        calls[accelerate] = [event.name for event in profile.events()]
+    assert calls["off"].count("aten::mish") > 20
+    assert calls["auto"].count("aten::mish") == calls["compile"].count("aten::mish") <= 2  # of the timesteps' embedding
+    assert "aten::sigmoid" in calls["auto"] and calls["compile"].count("aten::sigmoid") == 0

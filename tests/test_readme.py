@@ -52,7 +52,10 @@ def test_defaults_in_the_tables_are_the_codes() -> None:
     for name, default in rows:
         actual = {str(parameters[name].default) for parameters in signatures if name in parameters}
         written = default.strip().strip('"').replace(",", "")
-        if written in ("as the actor's", "[256 256 256]", "Mish") or name in ("solver", "num_inference_steps"):  # None or a class stands for these, and the flow has others
+        if written in ("as the actor's", "[256 256 256]", "Mish") or name in (
+            "solver",
+            "num_inference_steps",
+        ):  # None or a class stands for these, and the flow has others
             continue
         try:
             assert {float(written)} == {float(each) for each in actual}, name

@@ -132,16 +132,6 @@ def enjoy(*arguments: Any, env: str = "Tiny-v0") -> None:
     run("enjoy", "--algo", "dipo", "--env", env, "-f", "logs", "--no-render", "-n", 20, "--device", "cpu", *arguments)
 
 
-def arrays(replay_buffer: Any) -> list[str]:
-    """Names of the attributes that hold arrays, but for those with a number for each environment."""
-    found = []
-    for name, value in vars(replay_buffer).items():
-        parts = value.values() if isinstance(value, dict) else [value]
-        if any(isinstance(part, np.ndarray) and part.size > replay_buffer.n_envs for part in parts):
-            found.append(name)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------- registration
 
 
@@ -577,7 +567,7 @@ def test_a_trial_without_numbers_is_pruned(monkeypatch: pytest.MonkeyPatch, caps
     train(*STUDY, "--n-trials", 3, "--eval-episodes", 1, env="Sick-v0", n_timesteps=40, learning_starts=25)
     states = [trial.state.name for trial in load_study().trials]
     assert states == ["COMPLETE", "PRUNED", "COMPLETE"]
-    assert "`critic_loss` or its gradient is not finite in update 1" in capsys.readouterr().out
+    assert "`critic_loss` or its gradient is not finite" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- train, enjoy, continue
@@ -607,7 +597,8 @@ def test_train_and_enjoy(
         assert np.array_equal(actions[0], actions[1])
     # the zoo shrinks the buffers of the algorithms that it knows; ours has its full size, and takes no memory
     assert loaded.buffer_size == 1_000_000 and isinstance(loaded.replay_buffer, DIPOReplayBuffer)
-    assert arrays(loaded.replay_buffer) == [] and "observations" in arrays(agents[0].replay_buffer)
+    buffers: list[Any] = [model.replay_buffer for model in (loaded, agents[0])]
+    assert buffers[0].size() == 0 < buffers[1].size()
     assert loaded.persist_improved_actions is False
 
 
@@ -788,7 +779,7 @@ def test_hindsight_replay(agents: list[DIPO], folder: pathlib.Path) -> None:
 
     enjoy(env="Goal-v0")
     loaded = agents[1].replay_buffer
-    assert isinstance(loaded, DIPOHerReplayBuffer) and arrays(loaded) == []
+    assert isinstance(loaded, DIPOHerReplayBuffer) and loaded.size() == 0
 
     run(*command, "-i", "logs/dipo/Goal-v0_1/Goal-v0.zip")
     again = agents[2].replay_buffer
@@ -802,7 +793,8 @@ def test_n_steps(agents: list[DIPO], folder: pathlib.Path) -> None:
     for model in agents:
         assert isinstance(model.replay_buffer, DIPONStepReplayBuffer) and model.n_steps == 3
         assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (3, 0.9)
-    assert [arrays(model.replay_buffer) == [] for model in agents] == [False, True, False]
+    buffers: list[Any] = [model.replay_buffer for model in agents]
+    assert [buffer.size() == 0 for buffer in buffers] == [False, True, False]
 
 
 def test_replay_buffer_class_and_policy_class(agents: list[DIPO]) -> None:
@@ -873,7 +865,8 @@ def test_record_video(agents: list[DIPO], folder: pathlib.Path) -> None:
     run("record_video", "--algo", "dipo", "--env", "Pendulum-v1", "-f", "logs", "-n", 10)
     (video,) = (folder / "logs" / "dipo" / "Pendulum-v1_1" / "videos").glob("*.mp4")
     assert video.name == "final-model-dipo-Pendulum-v1-step-0-to-step-10.mp4" and video.stat().st_size > 1000
-    assert arrays(agents[1].replay_buffer) == []
+    replay_buffer: Any = agents[1].replay_buffer
+    assert replay_buffer.size() == 0
 
 
 @pytest.fixture

@@ -84,9 +84,13 @@ def sample(
     :param scales: :func:`noise_scales`, where they were made before
     :return: actions clipped to [-1, 1], (batch_size, action_dim)
     """
-    x, previous, added = initial_noise, None, None
+    x, previous = initial_noise, None
+    added: list[th.Tensor] | None = None
     if noise is not None:
-        added = (noise * (noise_scales(table, noise.device, noise.dtype) if scales is None else scales)).unbind()
+        if scales is None:
+            added = [each * step.s for each, step in zip(noise.unbind(), table.steps, strict=True)]
+        else:
+            added = list((noise * scales).unbind())
     for i, step in enumerate(table.steps):
         # D = (x - sigma_t eps) / alpha_t
         denoised = th.sub(x * (1 / step.alpha_t), predict_noise(x, i), alpha=step.sigma_t / step.alpha_t)

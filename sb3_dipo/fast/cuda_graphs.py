@@ -75,7 +75,7 @@ class CapturableGuard(FusedGuard):
     def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         grad_norm = clipped_gradient(optimizer, loss, max_grad_norm)
         self.finite[name].logical_and_(th.isfinite(loss.detach() + grad_norm) | ~self.ok)  # later ones prove nothing
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = (~self.ok).float()  # type: ignore[attr-defined]  # as PyTorch's GradScaler tells it
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]
@@ -85,10 +85,11 @@ class CapturableGuard(FusedGuard):
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         targets = list(target_params)
         if targets:
-            share = tau * self.ok.float()
             with th.no_grad():
-                th._foreach_mul_(targets, 1 - share)
-                th._foreach_add_(targets, list(th._foreach_mul(list(params), share)))
+                moved = list(th._foreach_mul(targets, 1 - tau))
+                th._foreach_add_(moved, list(params), alpha=tau)
+                for target, new in zip(targets, moved, strict=True):
+                    target.copy_(th.where(self.ok, new, target))
 
 
 class GraphBuffer:
@@ -149,8 +150,7 @@ class CudaGraphs:
 
     def act(self, policy: Any, observation: Any, which: str) -> th.Tensor:
         """Actions of a policy, (batch_size, action_dim); the arguments are those of its ``act``."""
-        place = next(policy.actor.parameters()).data_ptr()  # `to()` may move them
-        key = ("act", which, policy.samplers[which], policy.actor.training, place)
+        key = ("act", which, policy.samplers[which], _made_of(policy))
         actions: th.Tensor = self(lambda obs: policy.act(obs, which), key, observation)
         return actions
 
@@ -235,9 +235,10 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
     """All that an update depends on and that may change between two, as a value or by moving in memory."""
     names: tuple[str, ...] = ("gamma", "tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio", "max_grad_norm")
     names += ("persist_improved_actions", "max_action_shift", "action_gradient_start")
-    settings = (*(getattr(model, name) for name in names), *model.policy.samplers.values())
+    uses = ("target", "behaviour") if model.action_gradient_start == "policy" else ("target",)
+    settings = (*(getattr(model, name) for name in names), *(model.policy.samplers[use] for use in uses))
     optimizers = [
-        (name, value)
+        (id(optimizer), name, value)
         for optimizer in (model.actor.optimizer, model.critic.optimizer)
         for group in optimizer.param_groups
         for name, value in group.items()
@@ -247,4 +248,13 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
     storage = getattr(replay_buffer, "improved_actions", None)
     places = (id(replay_buffer), storage.data_ptr() if isinstance(storage, th.Tensor) else None)
     where = (places, model._vec_normalize_env is None)
-    return "update", batch_size, move_actor_target, settings, repr(optimizers), tuple(trained), where
+    return "update", batch_size, move_actor_target, settings, repr(optimizers), tuple(trained), where, _made_of(model.policy)
+
+
+def _made_of(policy: Any) -> Hashable:
+    """The modules of a policy, their hooks and modes, and where their tensors are."""
+    modules = [
+        (id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for module in policy.modules()
+    ]
+    return tuple(modules), tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))

@@ -17,7 +17,6 @@ class FusedGuard(Guard):
         for group in optimizer.param_groups if type(optimizer) in FUSED else ():
             if group["fused"] is None and not group["foreach"] and not group["differentiable"]:
                 group["fused"] = True
-                optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
                 for parameter in group["params"]:
                     state = optimizer.state.get(parameter, {})
                     if isinstance(state.get("step"), th.Tensor):  # of a file, perhaps from another device

@@ -28,7 +28,7 @@ static inline float exponential(float x) {
 static inline float mish_of(float x) {
     const float e = exponential(x > 20.0f ? 20.0f : x);
     const float n = e * (e + 2.0f);
-    return x * (n / (n + 2.0f));
+    return x < -87.0f ? x * 0.0f : x * (n / (n + 2.0f));  // as PyTorch: 0 far below, NaN at minus infinity
 }
 
 // y' = t + x s (1 - t^2) with t = n / (n + 2), s the sigmoid
@@ -37,7 +37,7 @@ static inline float slope_of(float x) {
     const float e = exponential(clamped);
     const float n = e * (e + 2.0f);
     const float r = 1.0f / (n + 2.0f);
-    return n * r + 4.0f * clamped * e * r * (1.0f + e) * r;
+    return x < -87.0f ? x * 0.0f : n * r + 4.0f * clamped * e * r * (1.0f + e) * r;
 }
 
 // y = W x + b for each of a few rows; W is (out, in). A row of W, once in the cache, serves all rows of x.

@@ -70,14 +70,14 @@ class Kernels:
 
     def mish(self, x: th.Tensor) -> th.Tensor:
         """As :func:`sb3_dipo.fast.ops.mish`, in one pass."""
-        x = x.contiguous()
+        x = x.resolve_neg().contiguous()
         y = th.empty_like(x)
         self._mish(_pointer(x), _pointer(y), x.numel())
         return y
 
     def mish_backward(self, grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
         """As :func:`sb3_dipo.fast.ops.mish_backward`, in one pass."""
-        grad_output, x = grad_output.expand_as(x).contiguous(), x.contiguous()
+        grad_output, x = grad_output.expand_as(x).resolve_neg().contiguous(), x.resolve_neg().contiguous()
         result = th.empty_like(x)
         self._mish_backward(_pointer(grad_output), _pointer(x), _pointer(result), x.numel())
         return result
@@ -104,14 +104,16 @@ class Kernels:
         :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
         :return: actions clipped to [-1, 1], (batch_size, action_dim)
         """
-        actions = initial_noise.clone(memory_format=th.contiguous_format)
+        if constants.dim() != 3 or initial_noise.dim() != 2:
+            raise TypeError(f"The kernel was given {constants.dim()} and {initial_noise.dim()} dimensions, not 3 and 2.")
+        actions = initial_noise.resolve_neg().clone(memory_format=th.contiguous_format)
         steps, widths = len(constants), [constants.shape[2], *(len(weight) for weight, _ in layers)]
         expected = [(steps, 5), (steps, len(actions), widths[0]), (actions.shape[1], widths[0])]
         expected += [(out, width) for width, out in itertools.pairwise(widths)] + [(out,) for out in widths[1:]]
         expected += [] if added is None else [(steps, *actions.shape)]
         weights, biases = zip(*layers, strict=True)
         given = [coefficients, constants, on_action, *weights, *biases, *([] if added is None else [added])]
-        given = [tensor.contiguous() for tensor in given]
+        given = [tensor.resolve_neg().contiguous() for tensor in given]
         if [tensor.shape for tensor in given] != expected or widths[-1] != actions.shape[1]:
             raise TypeError(f"The kernel was given shapes {[tuple(tensor.shape) for tensor in given]}, not {expected}.")
         pointers, array = [_pointer(tensor) for tensor in given], ctypes.c_void_p * len(layers)

@@ -6,8 +6,9 @@ the fastest library that PyTorch has; Mish is computed from one exponential; gra
 known, or is asked for in a way that is not, is computed by :class:`~sb3_dipo.networks.Ops`, which calls the modules.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
-from sb3_dipo.fast.kernels import Kernels, coefficients, load_kernels
+from sb3_dipo.fast.kernels import KernelError, Kernels, coefficients, load_kernels
 from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.networks import NoisePredictionNetwork, Ops, average, smallest
 
@@ -75,6 +76,7 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
         and not th.is_autocast_enabled(device.type)
         and not th._C._are_functorch_transforms_active()
         and not th.utils._python_dispatch._get_current_dispatch_mode()
+        and th._C._len_torch_function_stack() == 0
         and th.autograd.forward_ad._current_level < 0
         and all(
             type(tensor) in (th.Tensor, nn.Parameter)
@@ -82,6 +84,7 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
             and tensor.layout == th.strided
             and tensor.device == device
             and tensor.numel() > 0
+            and th._C._has_storage(tensor)  # a batch of PyTorch's vmap has none
             for tensor in tensors
         )
     )
@@ -129,6 +132,7 @@ def _is_dense(parameter: nn.Parameter | None, device: th.device) -> bool:
         type(parameter) is nn.Parameter
         and parameter.dtype == th.float32
         and parameter.device == device
+        and parameter.layout == th.strided
         and parameter.is_contiguous()
     )
 
@@ -155,7 +159,7 @@ def mish_backward(grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
     s = x.sigmoid()
     n = (2 - s).mul_(s)
     d = 2 - n
-    slope = n.div_(d).addcmul_(s * x, (1 - s).div_(d).square_(), value=4)
+    slope = n.div_(d).addcmul_(s * x, th.rsub(s, 2, alpha=2).div_(d).square_())
     return slope.mul_(grad_output)
 
 
@@ -277,8 +281,9 @@ class _MLP(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: th.Tensor) -> tuple[Any, ...]:
-        if th.is_grad_enabled():
-            return None, None, *_differentiable_gradients(ctx, grad_output)
+        inputs = ctx.saved_tensors  # reading them raises an error if they were changed in the meantime
+        if th.is_grad_enabled() or not is_ordinary(grad_output):
+            return None, None, *_differentiable_gradients(ctx, inputs, grad_output)
         needed = iter(ctx.needs_input_grad[2:])
         of_x = next(needed)
         of_layers = [[next(needed) for _ in _parameters(layer)] for layer in ctx.layers]
@@ -304,16 +309,18 @@ def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) 
     return (arithmetic.linear if weight.numel() >= MANY_WEIGHTS else linear)(weight, bias)
 
 
-def _differentiable_gradients(ctx: Any, grad_output: th.Tensor) -> list[th.Tensor | None]:
-    x, *_ = inputs = ctx.saved_tensors
-    parameters = iter(inputs[1:])
-    for i, layer in enumerate(ctx.layers):
-        x = F.linear(x, next(parameters), next(parameters))
-        if layer.norm is not None:
-            x = F.layer_norm(x, layer.norm.normalized_shape, next(parameters), next(parameters), layer.norm.eps)
-        x = F.mish(x) if i < len(ctx.layers) - 1 else x
-    wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-    found = iter(th.autograd.grad(x, wanted, grad_output, create_graph=True))
+def _differentiable_gradients(ctx: Any, inputs: Sequence[th.Tensor], grad_output: th.Tensor) -> list[th.Tensor | None]:
+    again = th.is_grad_enabled()
+    with th.enable_grad(), th.autocast(inputs[0].device.type, enabled=False):
+        x, *_ = inputs
+        parameters = iter(inputs[1:])
+        for i, layer in enumerate(ctx.layers):
+            x = F.linear(x, next(parameters), next(parameters))
+            if layer.norm is not None:
+                x = F.layer_norm(x, layer.norm.normalized_shape, next(parameters), next(parameters), layer.norm.eps)
+            x = F.mish(x) if i < len(ctx.layers) - 1 else x
+        wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
+        found = iter(th.autograd.grad(x, wanted, grad_output.to(x.dtype), create_graph=again))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]
 
 
@@ -335,7 +342,7 @@ class FastOps(Ops):
         self._constants: dict[SolverTable, tuple[th.Tensor, th.Tensor, th.Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self.inference_dtype, self.kernels is not None)
+        return _remake, (type(self), self.inference_dtype, self.kernels is not None)
 
     def arithmetic(self, x: th.Tensor, rounded: bool = False) -> Arithmetic:
         """
@@ -412,15 +419,20 @@ class FastOps(Ops):
     def objective(self, q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Callable[[th.Tensor], th.Tensor]) -> Any:
         """See :meth:`sb3_dipo.networks.Ops.objective`."""
         plain = super().objective(q_networks, features, reduce)
-        layers = [known_layers(q_network, features.device) for q_network in q_networks] if is_ordinary(features) else [None]
-        if None in layers or reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
+        if not is_ordinary(features) or reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
             return plain
-        known = [each for each in layers if each]
-        return Objective(plain, known, features, self.arithmetic(features, rounded=True), reduce is average)
+        layers = [known_layers(q_network, features.device) for q_network in q_networks]
+        if not all(known and known[0].weight.shape[1] > features.shape[1] for known in layers):
+            return plain
+        return Objective(plain, q_networks, features, self.arithmetic(features), self.arithmetic(features, True), reduce)
 
 
-def _remake(inference_dtype: str, compiled: bool) -> FastOps:
-    return FastOps(inference_dtype, load_kernels() if compiled else None)
+def _remake(cls: type[FastOps], inference_dtype: str, compiled: bool) -> FastOps:
+    kernels = None
+    if compiled:
+        with contextlib.suppress(KernelError):  # another machine may have no compiler
+            kernels = load_kernels()
+    return cls(inference_dtype, kernels)
 
 
 class Objective:
@@ -428,38 +440,63 @@ class Objective:
     The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. That of the smallest
     passes through each row's smallest critic alone; for the mean of many outputs, the last layers' weights are averaged.
 
-    :param plain: the same function, for what is not known
-    :param critics: the layers of each Q_i, on [features, actions]
+    What is not known, or has changed since, is computed by the modules.
+
+    :param plain: the same function by the modules
+    :param q_networks: the critics' MLPs, of :func:`known_layers`, on [features, actions]
     :param features: of the states, (batch_size, features_dim)
-    :param arithmetic: how to compute
-    :param mean: whether it is the mean
+    :param arithmetic: how to compute values
+    :param of_gradient: how to compute gradients
+    :param reduce: :func:`~sb3_dipo.networks.smallest` or :func:`~sb3_dipo.networks.average`
     """
 
     def __init__(
-        self, plain: Function, critics: Iterable[list[Layer]], features: th.Tensor, arithmetic: Arithmetic, mean: bool
+        self,
+        plain: Function,
+        q_networks: Sequence[nn.Module],
+        features: th.Tensor,
+        arithmetic: Arithmetic,
+        of_gradient: Arithmetic,
+        reduce: Function,
     ):
-        self.plain, self.mean = plain, mean
-        self.critics = []
+        self.plain, self.q_networks, self.device, self.reduce = plain, q_networks, features.device, reduce
+        self.mean = reduce is average
+        self.made_of = self._parameters()
+        self.critics: list[tuple[BoundMLP, th.Tensor]] = []
+        self.climbed: list[tuple[BoundMLP, th.Tensor]] = []
         with th.no_grad():
-            for layers in critics:
-                if mean:
+            for q_network in q_networks:
+                layers = known_layers(q_network, features.device)
+                assert layers is not None
+                if self.mean:
                     *hidden, last = layers
                     layers = [*hidden, Layer(last.weight.mean(dim=0, keepdim=True), last.bias.mean(dim=0, keepdim=True))]
                 weight, bias, _ = layers[0]
                 on_state, on_action = weight.split([features.shape[1], weight.shape[1] - features.shape[1]], dim=1)
-                self.critics.append((BoundMLP(layers, on_action, arithmetic, True), F.linear(features, on_state, bias)))
+                of_state = F.linear(features, on_state, bias)
+                self.climbed.append((BoundMLP(layers, on_action, of_gradient, True), of_state))
+                same = of_gradient == arithmetic
+                self.critics.append(self.climbed[-1] if same else (BoundMLP(layers, on_action, arithmetic), of_state))
         self.shape = (features.shape[0], on_action.shape[1])
 
+    def _parameters(self) -> Any:
+        """What the critics are made of, or None if it is not known (any more)."""
+        found = [known_layers(q_network, self.device) for q_network in self.q_networks]
+        if not all(found):
+            return None
+        parameters = [each for layers in found for layer in layers or () for each in _parameters(layer)]
+        return [(id(each), each.data_ptr(), each._version) for each in parameters]
+
     def knows(self, actions: th.Tensor) -> bool:
-        """Whether the actions are as many as the states, and dense float32."""
-        return actions.shape == self.shape and actions.device == self.critics[0][1].device and is_ordinary(actions)
+        """Whether the actions are as many as the states, and dense float32, and the critics are what they were."""
+        fits = is_ordinary(actions) and actions.shape == self.shape and actions.device == self.device
+        return fits and self.made_of == self._parameters()
 
     def __call__(self, actions: th.Tensor) -> th.Tensor:
         """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
         if th.is_grad_enabled() or not self.knows(actions):
             return self.plain(actions)
-        values = th.cat([mlp(of_state, actions) for mlp, of_state in self.critics], dim=1)
-        return average(values) if self.mean else smallest(values)
+        return self.reduce(th.cat([mlp(of_state, actions) for mlp, of_state in self.critics], dim=1))
 
     def gradient(self, actions: th.Tensor) -> th.Tensor:
         """The gradient of the values' sum at actions, (batch_size, action_dim), without one of its own."""
@@ -468,12 +505,12 @@ class Objective:
                 climber = actions.detach().requires_grad_()
                 return th.autograd.grad(self.plain(climber).sum(), climber)[0]
         with th.no_grad():
-            passes: list[list[Any]] = [[] for _ in self.critics]
-            pairs = zip(self.critics, passes, strict=True)
+            passes: list[list[Any]] = [[] for _ in self.climbed]
+            pairs = zip(self.climbed, passes, strict=True)
             q_values = th.cat([mlp(of_state, actions, kept) for (mlp, of_state), kept in pairs], dim=1)
             smallest_one = q_values.argmin(dim=1, keepdim=True)
             gradients = []
-            for i, ((mlp, _), kept) in enumerate(zip(self.critics, passes, strict=True)):
+            for i, ((mlp, _), kept) in enumerate(zip(self.climbed, passes, strict=True)):
                 if self.mean:
                     gradients.append(mlp.backward(th.full_like(q_values[:, :1], 1 / len(passes)), kept))
                 elif actions.device.type != "cpu" or not kept:  # sizes that depend on values would wait for the device
