@@ -126,7 +126,7 @@ class DIPOBase(OffPolicyAlgorithm):
         if issubclass(replay_buffer_class, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment when using `HerReplayBuffer`"
             kwargs = {**kwargs, "env": self.env}
-        if self.accelerate == "cudagraphs" and self.replay_buffer_class is None:
+        if self.accelerate != "off" and self.replay_buffer_class is None:
             from sb3_dipo.fast import choose_storage
 
             replay_buffer_class = choose_storage(replay_buffer_class, self)

@@ -24,7 +24,7 @@ __all__ = ["DIPODeviceReplayBuffer", "KernelError", "as_storage", "choose_storag
 
 def make_ops(device: th.device, accelerate: str, inference_dtype: str) -> Ops:
     """
-    How networks compute on a device. CUDA is eager, as nothing here has been run on it, unless graphs are asked for.
+    How networks compute on a device. Other devices than the CPU and CUDA compute plainly.
 
     :param device: of the networks
     :param accelerate: ``"auto"``, ``"cudagraphs"`` or ``"compile"``
@@ -33,7 +33,7 @@ def make_ops(device: th.device, accelerate: str, inference_dtype: str) -> Ops:
     """
     if device.type == "cpu":
         return FastOps(inference_dtype, load_kernels() if accelerate == "compile" else None)
-    return FastOps(inference_dtype) if device.type == "cuda" and accelerate == "cudagraphs" else PLAIN
+    return FastOps(inference_dtype) if device.type == "cuda" else PLAIN
 
 
 def set_up(policy: Any, accelerate: str) -> tuple[Guard, CudaGraphs | None]:
@@ -49,7 +49,7 @@ def set_up(policy: Any, accelerate: str) -> tuple[Guard, CudaGraphs | None]:
     if policy.device.type == "cpu":
         keep_freed_memory()
         return FusedGuard(), None
-    if policy.device.type == "cuda" and accelerate == "cudagraphs":
+    if policy.device.type == "cuda":
         graphs = CudaGraphs(policy.device)
         return CapturableGuard(policy.device), graphs
     return Guard(), None

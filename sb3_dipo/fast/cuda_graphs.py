@@ -1,6 +1,6 @@
 """
-CUDA graphs: a whole update, or acting, captured once and replayed in one launch. Experimental: nothing here has been run on
-a GPU. The tests replay on the CPU what a capture would keep.
+CUDA graphs: a whole update, or acting, captured once and replayed in one launch. Where there is no GPU, the tests replay on
+the CPU what a capture would keep.
 """
 
 import warnings
