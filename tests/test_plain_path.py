@@ -124,7 +124,7 @@ except ImportError as error:
 """,
         str(tmp_path),
     )
-    assert "'fast'" in out
+    assert "fast" in out
 
 
 SELECTIONS = [
