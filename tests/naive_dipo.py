@@ -95,7 +95,7 @@ def make_mlp(sizes: Sequence[int], layer_norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), *([LayerNorm(fan_out)] if layer_norm else []), nn.Mish()]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 def init_weights(module: nn.Module) -> None:
