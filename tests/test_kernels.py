@@ -418,6 +418,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest
     forget()
     with monkeypatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+        patch.setattr("sb3_dipo.fast.kernels_at_hand", kernels_at_hand)  # which conftest.py has replaced
         yield patch
     forget()
 
@@ -467,6 +468,36 @@ def test_no_compiler_at_all(compiler: pytest.MonkeyPatch) -> None:
     compiler.setenv("PATH", "")
     with pytest.raises(KernelError, match=r"no C\+\+ compiler was found: set CXX"):
         load_kernels()
+
+
+def test_by_default_the_kernel_is_used_where_there_is_a_compiler(compiler: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And operators, without a word, where there is none."""
+    given = Inputs(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = filled()
+        assert compiled_files(tmp_path / "cache") != []
+        assert_same(computed(model, given), computed(filled(accelerate="compile"), given), atol=0, rtol=0)
+        compiler.setenv("CXX", "false")
+        load_kernels.cache_clear()
+        kernels_at_hand.cache_clear()
+        model = filled()
+        train(model, 1)
+    other = filled(accelerate="off")
+    train(other, 1)
+    assert 0 < largest_difference(model, other) < 1e-4
+
+
+def test_bfloat16_is_compiled_where_the_processor_has_it(compiler: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When the agent is made; elsewhere products are those of float32, and PyTorch's with their inputs rounded."""
+    filled(policy_kwargs={"inference_dtype": "bfloat16"})
+    try:
+        load_kernels(bfloat16=True)
+        expected = 2
+    except KernelError as error:
+        assert "bfloat16" in str(error)
+        expected = 1
+    assert len(compiled_files(tmp_path / "cache")) == expected
 
 
 def test_a_compiled_agent_reaches_a_machine_without_a_compiler(compiler: pytest.MonkeyPatch, tmp_path: Path) -> None:
