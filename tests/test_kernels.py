@@ -150,11 +150,31 @@ def test_the_action_gradient(ops: FastOps, n_critics: int, reduce: Any, outputs:
                 given: dict[str, Any] = {"action_gradient_steps": 3, "action_lr": 0.1, **settings}
                 expected = improve_actions(plain, actions, **given)
                 improved = improve_actions(fast, actions, **given)
+                with th.no_grad():
+                    assert_near(fast(actions), plain(actions))
+                    assert_near(fast(improved), plain(improved))
                 moved += float((expected - actions).abs().mean())
                 # Adam makes steps of one size of gradients of all sizes, so that rounding counts where they are nearly 0
                 difference = (improved - expected).abs()
                 assert float(difference.mean()) < 2e-6 and float(difference.max()) < 1e-3
     assert moved > 0.5
+
+
+def test_values_after_a_climb_are_those_of_the_actions_given(ops: FastOps) -> None:
+    """Also where the climb began, which the kernel remembers: in another order, or changed in place."""
+    normal = normal_numbers(8)
+    nets = [make_net(normal, 5, [16, 16], 1, False) for _ in range(2)]
+    features, actions = normal(20, 3), normal(20, 2).clamp(-1, 1)
+    plain, fast = (each.objective(nets, features, smallest) for each in (PLAIN, ops))
+    improve_actions(fast, actions, action_gradient_steps=2)
+    with th.no_grad():
+        for change in (lambda: None, lambda: actions.mul_(0.5), lambda: setattr(actions, "data", actions.flip(0))):
+            change()
+            for given in (actions, actions.flip(1), actions.view(2, 20).t(), actions.detach()):
+                th.testing.assert_close(fast(given), plain(given), rtol=1e-4, atol=1e-5)
+        values = fast(actions)
+        values.zero_()
+        th.testing.assert_close(fast(actions), plain(actions), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, n_critics, count, targets", [(256, 2, 25, 46), (1, 1, 1, 1), (3, 5, 16, 32), (70, 2, 7, 17)])
@@ -389,14 +409,19 @@ def test_the_kernel_refuses_what_it_would_read_wrongly(kernels: Kernels, name: s
 def test_the_kernel_takes_any_strides(kernels: Kernels, name: str) -> None:
     call, good = calls_of(kernels)[name]
     expected = call(**good)
-    kept = good.get("kept")
     # a lazily negated view reads its numbers with the other sign
     for change in (lambda x: th.stack([x, -x], dim=-1)[..., 0], lambda x: th.complex(x, -x).conj().imag):
         strided: Any = th.utils._pytree.tree_map(lambda x, change=change: change(x) if isinstance(x, th.Tensor) else x, good)
-        if kept is not None:
-            strided["kept"] = kept
+        # parameters and what the kernel itself has made are taken as they are
+        strided.update({name: good[name] for name in ("layers", "critics", "kept") if name in good})
         found = call(**strided)
         th.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_kernel_refuses_strided_parameters(kernels: Kernels) -> None:
+    layers = [Layer(th.ones(2, 3), th.ones(2)), Layer(th.ones(2, 2), th.ones(4)[::2])]
+    with pytest.raises(TypeError, match="strides"):
+        kernels.forward(layers, th.ones(4, 3))
 
 
 def test_the_kernel_refuses_mlps_of_one_layer(kernels: Kernels) -> None:

@@ -125,8 +125,8 @@ class _Climb(ctypes.Structure):
 
 class Kernels:
     """
-    The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be.
-    Pointers are taken anew in each call, so that tensors may move between two.
+    The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be,
+    and parameters that do not lie in memory row by row. Pointers are taken anew in each call, so that tensors may move.
 
     :param library: made from ``kernel.cpp``
     """
@@ -141,7 +141,7 @@ class Kernels:
             (
                 "action_gradient",
                 flag,
-                [Number, *mlp, flag, Pointer, *[Number] * 3, *[Pointer] * 3, Number, *[Pointer] * 3],
+                [Number, *mlp, flag, Pointer, *[Number] * 3, *[Pointer] * 3, Number, *[Pointer] * 2],
             ),
             ("mlp_kept", Number, [*mlp, Number]),
             ("mlp_forward", flag, [*mlp, Number, Number, *[Pointer] * 3]),
@@ -186,7 +186,7 @@ class Kernels:
         time_dim, features_dim = _sizes(embedding)[1], _sizes(features)[1]
         coefficients, embedding, features = _dense(coefficients), _dense(embedding), _dense(features)
         noise = None if noise is None else _dense(noise)
-        number, array, _alive = _layers(layers, inputs=action_dim + time_dim + features_dim, outputs=action_dim)
+        number, array = _layers(layers, inputs=action_dim + time_dim + features_dim, outputs=action_dim)
         self._call(
             "reverse_process",
             number,
@@ -232,7 +232,7 @@ class Kernels:
         max_norm: float,
         betas: tuple[float, float],
         epsilon: float,
-    ) -> th.Tensor:
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
         As :func:`sb3_dipo.improve_actions` on the smallest or the mean of all outputs of some MLPs.
 
@@ -246,12 +246,13 @@ class Kernels:
         :param max_norm: largest joint norm of a gradient
         :param betas: of Adam
         :param epsilon: of Adam
-        :return: improved actions, (batch_size, action_dim)
+        :return: improved actions, (batch_size, action_dim), and the values at the given ones, (batch_size, 1)
         """
-        improved = _copy(actions)
+        improved, values = _copy(actions), th.empty(len(actions), 1, dtype=th.float32, device="cpu")
         bounds = None if bounds is None else (_dense(bounds[0]), _dense(bounds[1]))
-        self._action_gradient(critics, features, improved, mean, bounds, _Climb(steps, rate, max_norm, *betas, epsilon), None)
-        return improved
+        climb = _Climb(steps, rate, max_norm, *betas, epsilon)
+        self._action_gradient(critics, features, improved, mean, bounds, climb, values)
+        return improved, values
 
     def _action_gradient(
         self,
@@ -261,11 +262,11 @@ class Kernels:
         mean: bool,
         bounds: tuple[th.Tensor, th.Tensor] | None,
         climb: _Climb,
-        values: th.Tensor | None,
+        values: th.Tensor,
     ) -> None:
         (rows, action_dim), features_dim, features = _sizes(actions), _sizes(features)[1], _dense(features)
         outputs = None if mean else 1
-        number, array, _alive = _layers(*critics, inputs=features_dim + action_dim, outputs=outputs)
+        number, array = _layers(*critics, inputs=features_dim + action_dim, outputs=outputs)
         low, high = (None, None) if bounds is None else (_pointer(each, rows, action_dim) for each in bounds)
         self._call(
             "action_gradient",
@@ -282,8 +283,7 @@ class Kernels:
             high,
             th.get_num_threads(),
             _pointer(actions, rows, action_dim),
-            None,
-            None if values is None else _pointer(values, rows, 1),
+            _pointer(values, rows, 1),
         )
 
     def forward(self, layers: Sequence[Layer], x: th.Tensor, keep: bool = False) -> tuple[th.Tensor, th.Tensor | None]:
@@ -296,7 +296,7 @@ class Kernels:
         :return: (batch_size, out), and what that needs, or None
         """
         x, (rows, inputs) = _dense(x), _sizes(x)
-        number, array, _alive = _layers(layers, inputs=inputs)
+        number, array = _layers(layers, inputs=inputs)
         y = x.new_empty(rows, len(layers[-1].weight))
         kept = x.new_empty(self._library.mlp_kept(number, array, rows)) if keep else None
         places = _pointer(x, rows, inputs), None if kept is None else _pointer(kept, kept.numel()), _pointer(y, *y.shape)
@@ -319,7 +319,7 @@ class Kernels:
         :return: the gradients at the input and the parameters, None where they are not needed
         """
         x, of_y, (rows, inputs) = _dense(x), _dense(of_y), _sizes(x)
-        number, array, _alive = _layers(layers, inputs=inputs)
+        number, array = _layers(layers, inputs=inputs)
         wanted = iter(needed)
         gradients: list[th.Tensor | None] = []
         pointers = (Pointer * (4 * number))()
@@ -360,7 +360,7 @@ class Kernels:
 
 
 def _dense(tensor: th.Tensor) -> th.Tensor:
-    return tensor.resolve_neg().contiguous()
+    return tensor.contiguous() if not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _copy(tensor: th.Tensor) -> th.Tensor:
@@ -377,7 +377,7 @@ def _sizes(tensor: th.Tensor, dimensions: int = 2) -> tuple[int, ...]:
 
 def _pointer(tensor: th.Tensor, *shape: int) -> int:
     """Where a tensor's numbers are, if they are what the kernel reads."""
-    wrong = tensor.dtype != th.float32 or tensor.device.type != "cpu" or tensor.shape != shape
+    wrong = tensor.dtype is not th.float32 or not tensor.is_cpu or tensor.shape != shape
     if wrong or not tensor.is_contiguous() or tensor.is_neg():
         raise TypeError(
             f"The kernel takes float32 tensors on the CPU, here of shape {shape}, not {tensor.dtype} on {tensor.device} of "
@@ -386,23 +386,22 @@ def _pointer(tensor: th.Tensor, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def _layers(*mlps: Sequence[Layer], inputs: int, outputs: int | None = None) -> tuple[int, Any, list[th.Tensor]]:
-    """How many layers each MLP has, where those of all are, and what must live until the call is over."""
+def _layers(*mlps: Sequence[Layer], inputs: int, outputs: int | None = None) -> tuple[int, Any]:
+    """How many layers each MLP has, and where those of all are."""
     number = len(mlps[0])
     if number < 2 or any(len(mlp) != number for mlp in mlps):
         raise TypeError(f"The kernel takes MLPs of two or more layers, all of as many, not of {[len(mlp) for mlp in mlps]}.")
-    array, alive = (_Layer * (number * len(mlps)))(), []
+    array = (_Layer * (number * len(mlps)))()
     for i, mlp in enumerate(mlps):
         width = inputs
         for j, layer in enumerate(mlp):
-            parameters = [_dense(each) for each in layer.parameters()]
-            alive += parameters
-            before, width = width, _sizes(parameters[0])[0]
-            pointers = [_pointer(parameters[0], width, before), *(_pointer(each, width) for each in parameters[1:])]
+            weight, *others = layer.parameters()
+            before, width = width, _sizes(weight)[0]
+            pointers = [_pointer(weight, width, before), *(_pointer(each, width) for each in others)]
             array[i * number + j] = _Layer(*pointers, *[None] * (4 - len(pointers)), before, width, layer.eps)
         if outputs not in (None, width):
             raise TypeError(f"The kernel needs an MLP of {outputs} outputs, not {width}.")
-    return number, array, alive
+    return number, array
 
 
 def coefficients(table: SolverTable) -> th.Tensor:

@@ -377,7 +377,7 @@ class FastOps(Ops):
         critics = known_critics(q_networks, features, reduce)
         if critics is None:
             return plain
-        given = (plain, q_networks, features, reduce)
+        given = (plain, q_networks, features, reduce, critics)
         kernels = self.kernels_for(features, *critics)
         if kernels is not None:
             return KernelObjective(*given, kernels, self.kernels_for(features, *critics, rounded=True) or kernels)
@@ -425,18 +425,25 @@ class Objective(ABC):
     :param q_networks: the critics' MLPs, of :func:`known_critics`, on [features, actions]
     :param features: of the states, (batch_size, features_dim)
     :param reduce: :func:`~sb3_dipo.networks.smallest` or :func:`~sb3_dipo.networks.average`
+    :param critics: what :func:`known_critics` has found
     """
 
-    def __init__(self, plain: Function, q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Function):
+    def __init__(
+        self,
+        plain: Function,
+        q_networks: Sequence[nn.Module],
+        features: th.Tensor,
+        reduce: Function,
+        critics: list[list[Layer]],
+    ):
         self.plain, self.q_networks, self.features, self.reduce = plain, q_networks, features, reduce
         self.mean = reduce is average
-        self.critics = known_critics(q_networks, features, reduce) or []
-        self.made_of = self._parameters()
-        self.shape = (features.shape[0], self.critics[0][0].weight.shape[1] - features.shape[1])
+        self.critics = critics
+        self.made_of = self._state_of(critics)
+        self.shape = (features.shape[0], critics[0][0].weight.shape[1] - features.shape[1])
 
-    def _parameters(self) -> Any:
+    def _state_of(self, critics: list[list[Layer]] | None) -> Any:
         """What the function is made of, or None if it is not known (any more)."""
-        critics = known_critics(self.q_networks, self.features, self.reduce)
         if critics is None:
             return None
         parameters = [each for layers in critics for layer in layers for each in layer.parameters()]
@@ -448,7 +455,7 @@ class Objective(ABC):
     def knows(self, *actions: th.Tensor) -> bool:
         """Whether all of them are as many as the states, and dense float32, and the critics and states are what they were."""
         fits = is_ordinary(self.features, *actions) and all(each.shape == self.shape for each in actions)
-        return fits and self.made_of == self._parameters()
+        return fits and self.made_of == self._state_of(known_critics(self.q_networks, self.features, self.reduce))
 
     def __call__(self, actions: th.Tensor) -> th.Tensor:
         """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
@@ -476,14 +483,19 @@ class KernelObjective(Objective):
         q_networks: Sequence[nn.Module],
         features: th.Tensor,
         reduce: Function,
+        critics: list[list[Layer]],
         kernels: Kernels,
         of_gradient: Kernels,
     ):
-        super().__init__(plain, q_networks, features, reduce)
+        super().__init__(plain, q_networks, features, reduce, critics)
         self.kernels, self.of_gradient = kernels, of_gradient
+        self.start: tuple[th.Tensor, th.Tensor] | None = None
+        """Where the last climb began, and the values there, which were computed on the way."""
 
     def values(self, actions: th.Tensor) -> th.Tensor:
         """See :class:`Objective`."""
+        if self.start is not None and th.equal(actions, self.start[0]):
+            return self.start[1].clone()
         return self.kernels.values(self.critics, self.features, actions, self.mean)
 
     def improve(
@@ -507,7 +519,10 @@ class KernelObjective(Objective):
         if not self.knows(actions, *(bounds or ())):
             return None
         adam = (action_gradient_steps, action_lr, max_norm, ADAM_BETAS, ADAM_EPS)
-        return self.of_gradient.improve(self.critics, self.features, actions, self.mean, bounds, *adam)
+        improved, values = self.of_gradient.improve(self.critics, self.features, actions, self.mean, bounds, *adam)
+        if self.of_gradient is self.kernels:
+            self.start = actions.clone(), values
+        return improved
 
 
 class OperatorObjective(Objective):
@@ -526,10 +541,11 @@ class OperatorObjective(Objective):
         q_networks: Sequence[nn.Module],
         features: th.Tensor,
         reduce: Function,
+        critics: list[list[Layer]],
         arithmetic: Arithmetic,
         of_gradient: Arithmetic,
     ):
-        super().__init__(plain, q_networks, features, reduce)
+        super().__init__(plain, q_networks, features, reduce, critics)
         self.evaluated: list[tuple[BoundMLP, th.Tensor]] = []
         self.climbed: list[tuple[BoundMLP, th.Tensor]] = []
         with th.no_grad():

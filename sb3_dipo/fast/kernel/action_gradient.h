@@ -63,11 +63,11 @@ template <class T> struct Critic {
 //   features:      (rows, features_dim)
 //   low, high:     bounds, (rows, action_dim); nulls are -1 and 1
 //   actions:       (rows, action_dim), in and out
-//   before, after: the objective at the actions, in and out, (rows,), or nulls
+//   values:        out, the objective at the actions that came in, (rows,)
 template <class T>
 static void action_gradient(int64_t critics, int64_t layers, const Layer *layer, bool mean, const Climb &climb, int64_t rows,
                             int64_t features_dim, int64_t action_dim, const float *features, const float *low,
-                            const float *high, int64_t threads, float *actions, float *before, float *after) {
+                            const float *high, int64_t threads, float *actions, float *values) {
     Memory memory;
     std::vector<Critic<T>> nets;
     for (int64_t i = 0; i < critics; ++i)
@@ -98,7 +98,7 @@ static void action_gradient(int64_t critics, int64_t layers, const Layer *layer,
 
     double power1 = 1, power2 = 1;
     for (int64_t step = 0; step < climb.steps; ++step) {
-        evaluate(std::true_type(), step ? nullptr : before);
+        evaluate(std::true_type(), step ? nullptr : values);
         std::vector<int64_t> task_net, task_start, count(critics);
         for (int64_t i = 0; i < critics; ++i) {
             for (int64_t r = 0; r < rows; ++r)
@@ -141,6 +141,6 @@ static void action_gradient(int64_t critics, int64_t layers, const Layer *layer,
             x[j] = clamped(y, low ? low[k] : -1.0f, high ? high[k] : 1.0f);
         });
     }
-    if (after) evaluate(std::false_type(), after);
+    if (climb.steps == 0) evaluate(std::false_type(), values);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(actions + r * action_dim, x + r * padded, 4 * action_dim);
 }

@@ -36,10 +36,10 @@ int32_t reverse_process(int64_t layers, const Layer *layer, int64_t steps, const
 
 int32_t action_gradient(int64_t critics, int64_t layers, const Layer *layer, int32_t mean, const Climb *climb, int64_t rows,
                         int64_t features_dim, int64_t action_dim, const float *features, const float *low,
-                        const float *high, int64_t threads, float *actions, float *before, float *after) {
+                        const float *high, int64_t threads, float *actions, float *values) {
     return guarded([=] {
         action_gradient<Element>(critics, layers, layer, mean, *climb, rows, features_dim, action_dim, features, low, high,
-                                 threads, actions, before, after);
+                                 threads, actions, values);
     });
 }
 

@@ -7,7 +7,7 @@
 
 #include "packing.h"
 
-constexpr int64_t TILE = 32;  // rows that pass all layers together
+constexpr int64_t TILE = 32 / ROWS * ROWS;  // rows that pass all layers together
 
 // A linear layer, weight (outputs, inputs) and bias (outputs,), and weight and bias of the LayerNorm after it, or nulls.
 struct Layer {

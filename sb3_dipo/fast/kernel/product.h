@@ -37,8 +37,11 @@ class Memory {
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A block is ROWS rows by two vectors: of 32 registers 16 hold sums, of 16 registers 12.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// A block is ROWS rows by two vectors: of 32 registers 28 hold sums, of 16 registers 12. (Where numbers of the left factor
+// need a register, too, there are fewer.) Few rows take several panels at once, up to SUMS sums.
+#if defined(__AVX512F__)
+constexpr int ROWS = 14, SUMS = 16;
+#elif defined(__aarch64__)
 constexpr int ROWS = 8, SUMS = 16;
 #else
 constexpr int ROWS = 6, SUMS = 8;
@@ -80,12 +83,12 @@ static NOINLINE void multiply(const Left<T> &a, const Right<T> &b, Vector (&resu
         Vector right[P * V];
 #pragma GCC unroll 16
         for (int v = 0; v < P * V; ++v) right[v] = *reinterpret_cast<const Vector *>(panels[v / V] + j + v % V * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
             for (int v = 0; v < P * V; ++v) sums[r][v] = multiply_add(sums[r][v], rows[r] + i, right[v]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
         for (int v = 0; v < P * V; ++v) result[r][v] = sums[r][v];
@@ -118,6 +121,8 @@ static void product_of(int64_t rows, const Left<T> &a, const Right<T> &b, const 
     for (int64_t column = 0; column < b.columns; column += b.width)  // a panel serves all rows while it is in the cache
         for (int64_t row = 0; row < whole; row += ROWS) block<ROWS, 1, V>(row, column, a, b, use);
     int64_t row = whole;
+    if constexpr (ROWS > 8)
+        if (rows - row >= 8) few_rows<8, V>(row, a, b, use), row += 8;
     if (rows - row >= 4) few_rows<4, V>(row, a, b, use), row += 4;
     if (rows - row >= 2) few_rows<2, V>(row, a, b, use), row += 2;
     if (rows - row >= 1) few_rows<1, V>(row, a, b, use);

@@ -114,9 +114,9 @@ static void backward(int64_t layers, const Layer *layer, int64_t rows, int64_t t
         };
         sum_rows(gradients[l].bias, [&](int64_t r, int64_t c, int64_t left) { return load_first(g + r * step + c, left); });
         const float *norm = of_norm + l * all.step + start, *normal = all.kept.normal + l * all.step + start;
-        sum_rows(gradients[l].shift, [&](int64_t r, int64_t c, int64_t) { return load(norm + r * stride + c); });
-        sum_rows(gradients[l].scale, [&](int64_t r, int64_t c, int64_t) {
-            return load(norm + r * stride + c) * load(normal + r * stride + c);
+        sum_rows(gradients[l].shift, [&](int64_t r, int64_t c, int64_t left) { return load_first(norm + r * stride + c, left); });
+        sum_rows(gradients[l].scale, [&](int64_t r, int64_t c, int64_t left) {
+            return load_first(norm + r * stride + c, left) * load_first(normal + r * stride + c, left);
         });
     });
 }
