@@ -38,6 +38,7 @@ class FusedGuard(Guard):
         """See :meth:`sb3_dipo.guard.Guard.step`."""
         if self.kernels is None or not is_plain_adam(optimizer):
             super().step(name, optimizer, loss, max_grad_norm)
+            _tell_autograd(optimizer)
             return
         optimizer.zero_grad()
         loss.backward()
@@ -57,6 +58,7 @@ class FusedGuard(Guard):
         else:  # the first step, or gradients that the kernel does not take
             check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
             optimizer.step()
+            _tell_autograd(optimizer)
 
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""
@@ -64,6 +66,11 @@ class FusedGuard(Guard):
         if targets:
             with th.no_grad():
                 th._foreach_lerp_(targets, list(params), tau)
+
+
+def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
+    """That parameters have changed, as PyTorch's fused steps on the CPU do not."""
+    th.autograd.graph.increment_version([each for group in optimizer.param_groups for each in group["params"]])
 
 
 def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
