@@ -1,8 +1,9 @@
-"""Time DIPO, a naive DIPO, SAC and TD3 in turn in one process: updates, actions, and steps a second of learn().
+"""Time DIPO, a naive DIPO, SAC, TD3, TQC and CrossQ in turn in one process: updates, actions, and steps a second of learn().
 
     python examples/benchmark_speed.py --threads 1
     python examples/benchmark_speed.py --dims Hopper-v5 --only "DIPO K=100" naive SAC --out runs/speed
     python examples/benchmark_speed.py --dims Hopper-v5 --only "DIPO K=100" --profile
+    python examples/benchmark_speed.py --threads 1 --clock cpu                      where other programs run, too
 
 In every round each competitor gets one turn at each measure, in rotating order. The table has medians and quartiles over the
 rounds. Ratios are taken round by round, so that whatever slows the machine down for a while slows both sides, and the table
@@ -13,12 +14,15 @@ after every turn.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +38,7 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
@@ -50,7 +55,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DIPO K=100 bfloat16": {"policy_kwargs": {"num_train_timesteps": 100, "inference_dtype": "bfloat16"}},
     "DIPO K=20": {"policy_kwargs": {"num_train_timesteps": 20}},
     "DIPO recommended": RECOMMENDED,
+    "DIPO recommended bfloat16": {
+        **RECOMMENDED,
+        "policy_kwargs": {**RECOMMENDED["policy_kwargs"], "inference_dtype": "bfloat16"},
+    },
     "DIPO few-step": {**RECOMMENDED, "policy_kwargs": TEN},
+    "DIPO flow": {**RECOMMENDED, "policy_kwargs": {"actor": "flow"}},
+    "DIPO flow quantile": {**RECOMMENDED, "policy_kwargs": {"actor": "flow", "critic": "quantile"}},
 }
 REDUCED_PARTS = ("target sampling", "action gradient")  # of an update: where products are done in `inference_dtype`
 NAIVE = "naive DIPO K=100"
@@ -81,7 +92,7 @@ def makers(modes: list[str]) -> dict[str, Callable[..., OffPolicyAlgorithm] | No
     dipos = {
         f"{name}, {mode}": partial(DIPO, accelerate=mode, **kwargs) for name, kwargs in SETTINGS.items() for mode in modes
     }
-    return {**dipos, NAIVE: None, "SAC": SAC, "TD3": TD3}
+    return {**dipos, NAIVE: None, "SAC": SAC, "TD3": TD3, "TQC": TQC, "CrossQ": CrossQ}
 
 
 def load_naive() -> Any:
@@ -144,16 +155,19 @@ def model_calls(model: OffPolicyAlgorithm, env: VecEnv, args: argparse.Namespace
     return {"update": partial(model.train, 1, args.batch_size), **actions, **learn}
 
 
-def seconds(call: Callable[[], object], times: int, device: th.device) -> float:
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds(call: Callable[[], object], times: int, device: th.device, clock: str = "wall") -> float:
     """How long one call takes, the mean of several, all work on the device included."""
     if device.type == "cuda":
         th.cuda.synchronize()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(times):
         call()
     if device.type == "cuda":
         th.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    return (CLOCKS[clock]() - start) / times
 
 
 def make_competitor(
@@ -170,9 +184,9 @@ def make_competitor(
 def turn(call: Callable[[], object], measure: str, args: argparse.Namespace) -> float:
     """One turn of one competitor: milliseconds, or for learn() steps a second."""
     if measure.startswith("learn"):
-        return args.learn_steps / seconds(call, 1, args.device)
+        return args.learn_steps / seconds(call, 1, args.device, args.clock)
     call()  # whoever was before it has the caches
-    return 1e3 * seconds(call, args.updates if measure == "update" else args.actions, args.device)
+    return 1e3 * seconds(call, args.updates if measure == "update" else args.actions, args.device, args.clock)
 
 
 def host_peak() -> float | None:
@@ -184,15 +198,62 @@ def host_peak() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def best_seconds(call: Callable[[], object], device: th.device) -> float:
+MULTIPLY_ADDS = """
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 24;
+#elif defined(__AVX__)
+constexpr int LANES = 8, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, SUMS = 24;
+#else
+constexpr int LANES = 4, SUMS = 12;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+extern "C" double operations(long times, float *numbers) {
+    Vector sums[SUMS], a = Vector{} + numbers[0], b = Vector{} + numbers[1], total{};
+#pragma GCC unroll 24
+    for (int i = 0; i < SUMS; ++i) sums[i] = Vector{} + float(i);
+    for (long t = 0; t < times; ++t)
+#pragma GCC unroll 24
+        for (int i = 0; i < SUMS; ++i) sums[i] = sums[i] * a + b;
+#pragma GCC unroll 24
+    for (int i = 0; i < SUMS; ++i) total += sums[i];
+    numbers[2] = total[0];
+    return 2.0 * times * SUMS * LANES;
+}
+"""
+
+
+def compile_multiply_adds() -> Callable[[], float] | None:
+    """
+    A function that multiplies and adds in registers, on one thread, for some milliseconds, and returns how many operations
+    these were; None without a compiler.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "peak.so")
+        command = [*compiler.split(), "-O2", "-march=native", "-x", "c++", "-", "-shared", "-fPIC", "-o", library]
+        try:
+            subprocess.run(command, input=MULTIPLY_ADDS, text=True, check=True, capture_output=True)
+            operations = ctypes.CDLL(library).operations
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    operations.restype, operations.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.c_void_p]
+    numbers = (ctypes.c_float * 3)(0.999, 0.5, 0.0)
+    return lambda: float(operations(500_000, numbers))
+
+
+def best_seconds(call: Callable[[], object], device: th.device, clock: str) -> float:
     """The shortest time of a call, of as many as half a second allows."""
-    best, end = seconds(call, 1, device), time.perf_counter() + 0.5
+    best, end = seconds(call, 1, device, clock), time.perf_counter() + 0.5
     while time.perf_counter() < end:
-        best = min(best, seconds(call, 10, device))
+        best = min(best, seconds(call, 10, device, clock))
     return best
 
 
-def measure_peaks(device: th.device, gflops: float | None, gbs: float | None) -> dict[str, float]:
+def measure_peaks(device: th.device, clock: str, gflops: float | None, gbs: float | None) -> dict[str, float]:
     """What the device can do: 1e9 operations a second in products by precision and size, 1e9 bytes a second."""
     peaks = {}
     for size in (256, 8192) if device.type == "cuda" else (256,):
@@ -200,11 +261,11 @@ def measure_peaks(device: th.device, gflops: float | None, gbs: float | None) ->
             a, b = th.ones((2, size, size), device=device, dtype=dtype).unbind()
             calls = [partial(th.mm, a, b, out=th.empty_like(a))]
             if device.type == "cpu" and dtype == th.float32 and th.backends.mkldnn.is_available():
-                calls.append(partial(F.linear, a.to_mkldnn(), b.to_mkldnn()))  # MKL is half as fast on AMD's processors
-            fastest = min(best_seconds(call, device) for call in calls)
+                calls.append(partial(F.linear, a.to_mkldnn(), b.to_mkldnn()))  # oneDNN's, where MKL's is slower
+            fastest = min(best_seconds(call, device, clock) for call in calls)
             peaks[f"{str(dtype).removeprefix('torch.')} {size}"] = 2e-9 * size**3 / fastest
     a, b = th.ones((2, 2**26 if device.type == "cuda" else 2**24), device=device).unbind()
-    copied = 2 * 4e-9 * a.numel() / best_seconds(partial(b.copy_, a), device)
+    copied = 2 * 4e-9 * a.numel() / best_seconds(partial(b.copy_, a), device, clock)
     if gflops:
         peaks = {f"{dtype} given": gflops for dtype in ("float32", "bfloat16")}
     return {name: float(f"{rate:.4g}") for name, rate in {**peaks, "gbs": gbs or copied}.items()}
@@ -226,14 +287,17 @@ def floor(env: VecEnv, setting: dict[str, Any], batch_size: int, peaks: dict[str
     """
     (obs_dim,), (action_dim,) = env.observation_space.shape or (), env.action_space.shape or ()
     kwargs, ascents = setting["policy_kwargs"], setting.get("action_gradient_steps", 20)
-    steps = kwargs.get("num_inference_steps") or kwargs["num_train_timesteps"]
+    is_flow, is_quantile = kwargs.get("actor") == "flow", kwargs.get("critic") == "quantile"
+    steps = kwargs.get("num_inference_steps") or (5 if is_flow else kwargs["num_train_timesteps"])
     on_state, time_mlp = obs_dim * WIDTHS[0], macs(EMBEDDING, WIDTHS[0], EMBEDDING)
-    critic, actor = macs(obs_dim + action_dim, *WIDTHS, 1), macs(action_dim + EMBEDDING + obs_dim, *WIDTHS, action_dim)
+    outputs = 25 if is_quantile else 1  # of a critic, whose mean is climbed
+    critic, actor = macs(obs_dim + action_dim, *WIDTHS, outputs), macs(action_dim + EMBEDDING + obs_dim, *WIDTHS, action_dim)
     no_gradient = (obs_dim + action_dim) * WIDTHS[0]  # of inputs that are data
     per_row = {
         "target sampling": on_state + steps * macs(action_dim, *WIDTHS, action_dim),
         "critic step": 2 * (critic + 3 * critic - no_gradient),  # target; forward, gradients of weights and of inputs
-        "action gradient": 2 * on_state + ascents * 3 * macs(action_dim, *WIDTHS, 1),  # back only through the smaller Q
+        # back only through the smaller of two Q, but through both of which the mean counts
+        "action gradient": 2 * on_state + ascents * (4 if is_quantile else 3) * macs(action_dim, *WIDTHS, 1),
         "actor step": 3 * (actor + time_mlp) - no_gradient - EMBEDDING * WIDTHS[0],
     }
     work = {part: 2e-9 * batch_size * count for part, count in per_row.items()}
@@ -253,6 +317,7 @@ class Results:
         self.folder, self.head = folder, head
         self.values: dict[tuple[str, str, str], list[float]] = {}  # by dims, measure, name; one value per round
         self.floors: dict[tuple[str, str], dict[str, Any] | None] = {}  # by dims, name
+        self.peaks: dict[str, list[float]] = {}  # by dims; 1e9 multiply-adds a second in registers, twice; one a round
         self.cuda_peaks: dict[tuple[str, str], float | None] = {}
         self.notes: dict[str, list[str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -268,6 +333,14 @@ class Results:
         ratios = [a / b if measure.startswith("learn") else b / a for a, b in zip(own, other, strict=False)]
         return float(np.median(ratios)) if ratios else None
 
+    def times_the_floor(self, dims: str, name: str) -> float | None:
+        """How often an update's time in float32 is that of its products at the peak in registers, the rounds' median."""
+        least, peaks = self.floors[dims, name], self.peaks.get(dims, [])
+        values = self.values[dims, "update", name]
+        if least is None or "bfloat16" in name or not peaks:
+            return None
+        return float(np.median([1e-3 * ms * peak / least["gflop"] for ms, peak in zip(values, peaks, strict=False)]))
+
     def rows(self) -> list[dict[str, Any]]:
         """One for each competitor, environment and measure, as in the JSON file."""
         rows = []
@@ -279,6 +352,7 @@ class Results:
                 row |= {"quartiles": [first, third], "values": values}
                 row["times_as_fast_as"] = {baseline: self.ratio(dims, measure, name, baseline) for baseline in BASELINES}
                 if measure == "update":
+                    row["times_the_floor"] = self.times_the_floor(dims, name)
                     row |= {"floor": self.floors[dims, name], "peak_cuda_mib": self.cuda_peaks[dims, name]}
                 rows.append(row)
         return rows
@@ -286,7 +360,7 @@ class Results:
     def save(self) -> None:
         """Replace both files at once, so that neither is ever half written."""
         self.head["peak_host_mib"] = host_peak()
-        content = {**self.head, "notes": self.notes, "results": self.rows()}
+        content = {**self.head, "notes": self.notes, "peaks_in_registers": self.peaks, "results": self.rows()}
         for name, text in (("speed.json", json.dumps(content, indent=1, allow_nan=False)), ("speed.md", self.table())):
             part = self.folder / f".{name}"
             part.write_text(text + "\n")
@@ -302,13 +376,15 @@ class Results:
         notes = [(name, note) for name, notes in self.notes.items() for note in notes]
         lines = ["# Speed", "", *(f"- {name}: {text}" for name, text in head + notes), ""]
         lines += ["Speed over another's: how many times as fast, the median of the rounds' ratios."]
+        for dims, peaks in self.peaks.items():
+            lines += [f"Floor: matrix products at {show(float(np.median(peaks)))} GFLOP/s, in registers ({dims}, the median)."]
         heading = None
         for row in self.rows():
             update = row["measure"] == "update"
             if heading != (heading := (row["dims"], row["measure"])):
                 kind, _, size = row["measure"].partition(" ")
                 columns = ["", "median", "quartiles", "speed / naive's", "speed / SAC's"]
-                columns += update * ["GFLOP", "MB", "floor, ms (products of)", "peak CUDA MiB"]
+                columns += update * ["GFLOP", "times the floor", "MB", "floor, ms (products of)", "peak CUDA MiB"]
                 lines += ["", f"## {row['dims']}: {TITLES[kind].format(size)}", "", f"| {' | '.join(columns)} |"]
                 lines += ["|---" + "|---:" * (len(columns) - 1) + "|"]
             cells = [row["name"], show(row["median"], 4), " to ".join(show(value, 4) for value in row["quartiles"])]
@@ -316,7 +392,13 @@ class Results:
             if update:
                 least = row["floor"] or {"gflop": None, "megabytes": None, "ms_at_peak": {}}
                 times = ", ".join(f"{show(ms)} ({shape})" for shape, ms in least["ms_at_peak"].items())
-                cells += [show(least["gflop"]), show(least["megabytes"]), times, show(row["peak_cuda_mib"])]
+                cells += [
+                    show(least["gflop"]),
+                    show(row["times_the_floor"]),
+                    show(least["megabytes"]),
+                    times,
+                    show(row["peak_cuda_mib"]),
+                ]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -349,6 +431,7 @@ def prepare(name: str, env_id: str, n_envs: int, args: argparse.Namespace, resul
 
 def benchmark(names: list[str], args: argparse.Namespace, results: Results) -> None:
     """Rounds of turns, for each environment, with one and with several copies of it."""
+    multiply_adds = compile_multiply_adds() if args.device.type == "cpu" else None
     for env_id in args.dims:
         for n_envs in sorted({1, args.n_envs} if "learn" in args.measures else {1}):
             competitors: dict[str, Calls] = {}
@@ -358,7 +441,13 @@ def benchmark(names: list[str], args: argparse.Namespace, results: Results) -> N
             measures = list(dict.fromkeys(measure for calls in competitors.values() for measure in calls))
             turns = [(measure, [name for name, calls in competitors.items() if measure in calls]) for measure in measures]
             results.values |= {(env_id, measure, name): [] for measure, entered in turns for name in entered}
+            # as fast as it is in the same minute, for one thread
+            measured = multiply_adds if "update" in measures and th.get_num_threads() == 1 else None
             for number in range(args.rounds):
+                if measured is not None:
+                    times = [(measured(), seconds(measured, 1, args.device, args.clock)) for _ in range(5)]
+                    peaks = [1e-9 * operations / each for operations, each in times]
+                    results.peaks.setdefault(env_id, []).append(float(np.median(peaks)))
                 print(f"{env_id}, environments: {n_envs}: round {number + 1} of {args.rounds}", file=sys.stderr)
                 for measure, entered in turns:
                     first = number % len(entered)
@@ -494,6 +583,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--n-envs", type=int, default=16, help="environments of the second timing of learn() (%(default)s)")
     add("--batch-size", type=int, default=256, help="(%(default)s)")
     add("--threads", type=int, help="threads of PyTorch (its default)")
+    add(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="of all times: the wall's, or this process's on the processor (%(default)s)",
+    )
     add("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
     add("--peak-gflops", type=float, help="1e9 operations a second, for the floor (measured: products of 256 x 256 matrices)")
     add("--peak-gbs", type=float, help="1e9 bytes a second, for the floor (measured: a large copy)")
@@ -534,10 +629,11 @@ def main() -> None:
         "threads": th.get_num_threads(),
         "versions": f"torch {th.__version__}, SB3 {stable_baselines3.__version__}, Python {platform.python_version()}",
         "system": f"{platform.system()}, {platform.machine()}",
+        "clock": args.clock,
         "batch_size": args.batch_size,
         "turns": f"{args.rounds} rounds of {args.updates} updates, {args.actions} actions, {args.learn_steps} learn() steps",
         "settings": SETTINGS,
-        "peak_rates": measure_peaks(args.device, args.peak_gflops, args.peak_gbs),
+        "peak_rates": measure_peaks(args.device, args.clock, args.peak_gflops, args.peak_gbs),
         "peak_host_mib": None,
     }
     results = Results(args.out, head)

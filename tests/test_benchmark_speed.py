@@ -58,7 +58,7 @@ def test_all_competitors(tmp_path: Path) -> None:
     for measure, unit in MEASURES.items():
         naive = set() if measure.startswith("learn") else {NAIVE}
         names = {name for at, name in rows if at == measure}
-        assert names == {*dipos, *naive, "SAC", "TD3"}
+        assert names == {*dipos, *naive, "SAC", "TD3", "TQC", "CrossQ"}
         assert all(table.count(f"\n| {name} | ") == len(MEASURES) - 2 * (name == NAIVE) for name in names)
         for name in names:
             row = rows[measure, name]
@@ -92,6 +92,9 @@ def test_floor_and_filters(tmp_path: Path) -> None:
     for part, count in by_hand.items():
         assert floor["gflop_by_part"][part] == pytest.approx(2e-9 * 256 * count)
     assert floor["gflop"] == pytest.approx(sum(floor["gflop_by_part"].values()))
+    peaks = json.loads((tmp_path / "speed.json").read_text())["peaks_in_registers"]["HalfCheetah-v5"]
+    times = np.array(row["values"]) * np.array(peaks) / floor["gflop"] / 1e3
+    assert len(peaks) == 2 and row["times_the_floor"] == pytest.approx(np.median(times)) and times.min() > 1
     assert floor["ms_at_peak"] == pytest.approx({"given": floor["gflop"] / 100 * 1e3})
 
 

@@ -22,12 +22,14 @@ from sb3_contrib.common.utils import quantile_huber_loss
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dipo import DIPO, improve_actions
+from sb3_dipo import DIPO, NonFiniteLossError, improve_actions
 from sb3_dipo.diffusion import SOLVERS, make_schedule, time_grid
 from sb3_dipo.fast import kernels as kernels_module
+from sb3_dipo.fast.guard import FusedGuard
 from sb3_dipo.fast.kernels import KernelError, Kernels, coefficients, kernels_at_hand, load_kernels
 from sb3_dipo.fast.layers import Layer, known_layers
 from sb3_dipo.fast.ops import FastOps
+from sb3_dipo.guard import Guard
 from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, average, smallest
 
 Make = Callable[..., th.Tensor]
@@ -300,6 +302,81 @@ def test_what_is_not_finite_is_not_hidden(ops: FastOps, bad: float) -> None:
             changed += not bool(expected.isfinite().all())
         parameter.data = before
     assert changed > 20
+
+
+# ------------------------------------------------------------------------------------------------- optimizers
+
+
+def adam_and_loss(seed: int, **options: Any) -> tuple[th.optim.Optimizer, Callable[[int], th.Tensor]]:
+    """An optimizer of drawn parameters, and a loss for each step, of which one has no gradient in the second step."""
+    normal = normal_numbers(seed)
+    parameters = [nn.Parameter(normal(*shape)) for shape in ((256, 300), (17,), (1, 1), (70, 3))]
+    wanted = [normal(*each.shape) for each in parameters]
+
+    def loss(step: int) -> th.Tensor:
+        some = zip(parameters, wanted, strict=True) if step != 2 else zip(parameters[1:], wanted[1:], strict=True)
+        return th.stack([(each - other).pow(2).sum() * step for each, other in some]).sum()
+
+    return th.optim.Adam(parameters, **{"lr": 0.01, "eps": 1e-5, **options}), loss
+
+
+def stepped(guard: Guard, max_grad_norm: float, **options: Any) -> list[Any]:
+    """What parameters, gradients and states are after each of some steps."""
+    optimizer, loss = adam_and_loss(0, **options)
+    guard.prepare(optimizer)
+    states = []
+    for step in range(1, 6):
+        guard.set_learning_rate(optimizer, 0.01 * step)
+        guard.step("loss", optimizer, loss(step), max_grad_norm)
+        parameters = optimizer.param_groups[0]["params"]
+        found = [
+            each for parameter in parameters for each in (parameter, parameter.grad, *optimizer.state[parameter].values())
+        ]
+        states.append([None if each is None else each.detach().clone() for each in found])
+    return states
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e9, th.inf])
+@pytest.mark.parametrize("options", [{}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.1}, {"amsgrad": True}, {"foreach": True}])
+def test_clipped_steps_of_adam(kernels: Kernels, max_grad_norm: float, options: dict[str, Any]) -> None:
+    for actual, expected in zip(
+        stepped(FusedGuard(kernels), max_grad_norm, **options), stepped(Guard(), max_grad_norm, **options), strict=True
+    ):
+        th.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_of_adam_are_seen_by_autograd_and_by_hooks(kernels: Kernels) -> None:
+    optimizer, loss = adam_and_loss(0)
+    guard = FusedGuard(kernels)
+    guard.prepare(optimizer)  # whose first step, and every step with a hook, is PyTorch's
+    parameter = optimizer.param_groups[0]["params"][0]
+    calls: list[str] = []
+    for _ in range(2):
+        version, square = parameter._version, parameter.square().sum()
+        guard.step("loss", optimizer, loss(1), 1.0)
+        assert parameter._version > version
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    guard.step("loss", optimizer, loss(1), 1.0)
+    assert calls == ["after"]
+
+
+@pytest.mark.parametrize("bad", [th.nan, th.inf])
+def test_no_step_of_adam_that_is_not_finite(kernels: Kernels, bad: float) -> None:
+    optimizer, loss = adam_and_loss(0)
+    guard = FusedGuard(kernels)
+    guard.prepare(optimizer)
+    guard.step("loss", optimizer, loss(1), 1.0)
+    parameters = optimizer.param_groups[0]["params"]
+    before = [each.detach().clone() for each in parameters]
+    for wrong in (loss(1) + bad, loss(1) * bad):
+        with pytest.raises(NonFiniteLossError, match="`loss` or its gradient is not finite"):
+            guard.step("loss", optimizer, wrong, 1.0)
+        assert all(each.grad is None for each in parameters)
+        assert all(th.equal(each, other) for each, other in zip(parameters, before, strict=True))
+        assert optimizer.state[parameters[0]]["step"] == 1
+    guard.step("loss", optimizer, loss(1), 1.0)
 
 
 FAR = [-3e38, -1e36, -1e10, -200.0, -100.0, -88.0, -87.0, -20.0, -1e-30, 0.0, 1e-30, 19.9, 20.1, 88.0, 1e10, 3e38]

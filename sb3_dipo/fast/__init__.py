@@ -51,7 +51,7 @@ def set_up(policy: Any, accelerate: str) -> tuple[Guard, CudaGraphs | None]:
     policy.set_accelerate(accelerate)
     if policy.device.type == "cpu":
         keep_freed_memory()
-        return FusedGuard(), None
+        return FusedGuard(policy.actor.ops.kernels), None
     if policy.device.type == "cuda":
         graphs = CudaGraphs(policy.device)
         return CapturableGuard(policy.device), graphs

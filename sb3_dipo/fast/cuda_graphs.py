@@ -36,6 +36,7 @@ class CapturableGuard(FusedGuard):
     """
 
     def __init__(self, device: th.device):
+        super().__init__()
         self.finite = {name: th.tensor(True, device=device) for name in ("critic_loss", "actor_loss")}
 
     @property

@@ -1,16 +1,28 @@
 """Steps of optimizers and targets in few calls."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch as th
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from sb3_dipo.guard import Guard
+from sb3_dipo.fast.kernels import Kernels
+from sb3_dipo.fast.layers import is_ordinary
+from sb3_dipo.guard import Guard, non_finite
 
 FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
 
 
 class FusedGuard(Guard):
-    """A :class:`~sb3_dipo.guard.Guard` that updates all parameters of a network at once."""
+    """
+    A :class:`~sb3_dipo.guard.Guard` that updates all parameters of a network at once.
+
+    :param kernels: the kernel, which clips gradients and steps in two passes, or None
+    """
+
+    def __init__(self, kernels: Kernels | None = None):
+        self.kernels = kernels
 
     def prepare(self, optimizer: th.optim.Optimizer) -> None:
         """Let PyTorch's own optimizers step in one kernel, unless the user chose otherwise."""
@@ -22,10 +34,69 @@ class FusedGuard(Guard):
                     if isinstance(state.get("step"), th.Tensor):  # of a file, perhaps from another device
                         state["step"] = state["step"].to(parameter.device, th.float32)
 
+    def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
+        """See :meth:`sb3_dipo.guard.Guard.step`."""
+        if self.kernels is None or not is_plain_adam(optimizer):
+            super().step(name, optimizer, loss, max_grad_norm)
+            _tell_autograd(optimizer)
+            return
+        optimizer.zero_grad()
+        loss.backward()
+
+        def check(norm: float) -> None:
+            if not math.isfinite(loss.item() + norm):
+                optimizer.zero_grad()
+                raise non_finite(name, f" (loss {loss.item()}, gradient norm {norm})")
+
+        (group,) = optimizer.param_groups
+        adams, steps = _adams(optimizer, group["params"])
+        if adams:
+            beta1, beta2 = group["betas"]
+            adam = (float(group["lr"]), (float(beta1), float(beta2)), float(group["eps"]), steps[0].item() + 1)
+            self.kernels.clip_and_step(adams, max_grad_norm, *adam, check)
+            th._foreach_add_(steps, 1)
+        else:  # the first step, or gradients that the kernel does not take
+            check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
+            optimizer.step()
+            _tell_autograd(optimizer)
+
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""
         targets = list(target_params)
         if targets:
             with th.no_grad():
-                th._foreach_mul_(targets, 1 - tau)
-                th._foreach_add_(targets, list(params), alpha=tau)
+                th._foreach_lerp_(targets, list(params), tau)
+
+
+def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
+    """That parameters have changed, as PyTorch's fused steps on the CPU do not."""
+    th.autograd.graph.increment_version([each for group in optimizer.param_groups for each in group["params"]])
+
+
+def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
+    """Whether a step of the optimizer is Adam's for the parameters of one group, and nothing else."""
+    own = optimizer.__dict__
+    if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1 or "step" in own:
+        return False
+    group = optimizer.param_groups[0]
+    others = ("amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
+    hooks = own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]
+    everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
+    return bool(group["fused"]) and not (hooks or everywhere or scaled or any(group[name] for name in others))
+
+
+def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> tuple[list[Any], list[th.Tensor]]:
+    """Parameters that have gradients, with what Adam keeps of them, and its steps; nothing if any is out of the ordinary."""
+    adams, steps = [], []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            state = optimizer.state.get(parameter)
+            if not state:
+                return [], []
+            adams.append((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+            steps.append(state["step"])
+    tensors = [each for adam in adams for each in adam]
+    if not tensors or not is_ordinary(*tensors, *steps) or not tensors[0].is_cpu or len({step.item() for step in steps}) > 1:
+        return [], []
+    return (adams, steps) if all(each.is_contiguous() and not each.is_neg() for each in tensors) else ([], [])

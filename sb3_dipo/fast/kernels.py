@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_kernels(bfloat16: bool = False) -> "Kernels":
     texts = [path.read_text() for path in sorted(SOURCE.iterdir())]
     name = f"kernel-{hashlib.sha256(repr((command, macros, texts)).encode()).hexdigest()[:16]}.so"
     try:
-        return Kernels(_compiled(command, name))
+        return Kernels(_compiled(command, name), bfloat16)
     except OSError as error:
         raise KernelError(f"the compiled kernel could not be loaded: {error}") from error
 
@@ -123,16 +123,22 @@ class _Climb(ctypes.Structure):
     _fields_ = [("steps", Number), *((name, Real) for name in ("rate", "max_norm", "beta1", "beta2", "epsilon"))]
 
 
+class _Adam(ctypes.Structure):
+    _fields_ = [*((name, Pointer) for name in ("parameter", "gradient", "mean", "square")), ("size", Number)]
+
+
 class Kernels:
     """
     The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be,
     and parameters that do not lie in memory row by row. Pointers are taken anew in each call, so that tensors may move.
 
     :param library: made from ``kernel.cpp``
+    :param bfloat16: whether its products between hidden layers are of bfloat16
     """
 
-    def __init__(self, library: ctypes.CDLL):
+    def __init__(self, library: ctypes.CDLL, bfloat16: bool = False):
         self._library = library
+        self.bfloat16 = bfloat16
         flag: Any = ctypes.c_int32
         mlp: list[Any] = [Number, Pointer]
         for name, result, arguments in (
@@ -146,6 +152,8 @@ class Kernels:
             ("mlp_kept", Number, [*mlp, Number]),
             ("mlp_forward", flag, [*mlp, Number, Number, *[Pointer] * 3]),
             ("mlp_backward", flag, [*mlp, Number, Number, *[Pointer] * 5]),
+            ("gradient_norm_of", Real, [*mlp, Number]),
+            ("adam_step_of", None, [*mlp, Number, *[Real] * 6]),
             ("quantile_huber_loss", Real, [*[Number] * 4, *[Pointer] * 3]),
         ):
             function = getattr(library, name)
@@ -154,6 +162,9 @@ class Kernels:
         everything: Any = ctypes.CDLL(None)
         fork = getattr(everything, "GOMP_parallel", None)
         library.use_threads(None if fork is None else ctypes.cast(fork, Pointer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kernels_at_hand, (self.bfloat16,)  # another machine may have no compiler, and gets None
 
     def _call(self, name: str, *arguments: Any) -> None:
         if not getattr(self._library, name)(*arguments):
@@ -357,6 +368,38 @@ class Kernels:
         places = _pointer(quantiles, *sizes[:3]), _pointer(targets, sizes[0], sizes[3]), _pointer(slopes, *sizes[:3])
         loss = self._library.quantile_huber_loss(*sizes, *places)
         return th.tensor(loss, dtype=th.float32, device="cpu"), slopes
+
+    def clip_and_step(
+        self,
+        adams: Sequence[tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]],
+        max_norm: float,
+        rate: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        step: float,
+        may_step: Callable[[float], None],
+    ) -> None:
+        """
+        Clip gradients by their joint norm, as PyTorch's ``clip_grad_norm_``, and take a step of Adam.
+
+        :param adams: parameters, their gradients, and Adam's means of gradients and of their squares; all are changed
+        :param max_norm: largest norm
+        :param rate: step size
+        :param betas: of Adam
+        :param epsilon: of Adam
+        :param step: the number of the step, counted from 1
+        :param may_step: called with the norm before anything is changed; may raise an error
+        """
+        array = (_Adam * len(adams))()
+        for i, tensors in enumerate(adams):
+            array[i] = _Adam(*(_pointer(each, *tensors[0].shape) for each in tensors), tensors[0].numel())
+        threads = th.get_num_threads()
+        norm = self._library.gradient_norm_of(len(adams), array, threads)
+        may_step(norm)
+        scale = min(max_norm / (norm + 1e-6), 1.0)
+        self._library.adam_step_of(len(adams), array, threads, scale, rate, *betas, epsilon, step)
+        # what autograd keeps of them, or others have bound, is no longer what it was
+        th.autograd.graph.increment_version([each for tensors in adams for each in tensors])
 
 
 def _dense(tensor: th.Tensor) -> th.Tensor:

@@ -277,7 +277,7 @@ class FastOps(Ops):
         self._constants: dict[SolverTable, tuple[th.Tensor, th.Tensor, th.Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self), self.inference_dtype, self.kernels is not None)
+        return type(self), (self.inference_dtype, self.kernels)
 
     def arithmetic(self, x: th.Tensor, rounded: bool = False) -> Arithmetic:
         """
@@ -391,10 +391,6 @@ class FastOps(Ops):
             return super().quantile_huber_loss(quantiles, targets)
         result: th.Tensor = _QuantileHuberLoss.apply(self.kernels, quantiles, targets)
         return result
-
-
-def _remake(cls: type[FastOps], inference_dtype: str, compiled: bool) -> FastOps:
-    return cls(inference_dtype, kernels_at_hand() if compiled else None)  # another machine may have no compiler
 
 
 # ------------------------------------------------------------------------------------------------- the action gradient

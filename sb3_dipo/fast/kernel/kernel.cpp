@@ -1,6 +1,7 @@
 // What kernels.py calls. It has checked every pointer and size; arrays are dense. Compiled as one file.
 
 #include "action_gradient.h"
+#include "adam.h"
 #include "quantile_huber.h"
 #include "reverse_process.h"
 #include "training.h"
@@ -53,6 +54,13 @@ int32_t mlp_forward(int64_t layers, const Layer *layer, int64_t rows, int64_t th
 int32_t mlp_backward(int64_t layers, const Layer *layer, int64_t rows, int64_t threads, const float *x, float *saved,
                      const float *of_y, const Gradients *gradients, float *of_x) {
     return guarded([=] { backward(layers, layer, rows, threads, x, saved, of_y, gradients, of_x); });
+}
+
+double gradient_norm_of(int64_t count, const Adam *all, int64_t threads) { return gradient_norm(count, all, threads); }
+
+void adam_step_of(int64_t count, const Adam *all, int64_t threads, double scale, double rate, double beta1, double beta2,
+                  double epsilon, double step) {
+    adam_step(count, all, threads, scale, rate, beta1, beta2, epsilon, step);
 }
 
 double quantile_huber_loss(int64_t rows, int64_t networks, int64_t count, int64_t target_count, const float *quantiles,

@@ -1,6 +1,7 @@
 // Vectors of as many floats as a register of the processor holds, and Mish on them. For GCC and Clang.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX__)
@@ -38,11 +39,17 @@ static inline void store_first(float *to, Vector x, int64_t count) { _mm512_mask
 static inline Vector first(Vector x, int64_t count) { return (Vector)_mm512_maskz_mov_ps(mask(count), (__m512)x); }
 #else
 static inline Vector load_first(const float *from, int64_t count) {
+    if (count >= LANES) return *reinterpret_cast<const AnyVector *>(from);
     Vector x{};
     std::memcpy(&x, from, 4 * inside(count));
     return x;
 }
-static inline void store_first(float *to, Vector x, int64_t count) { std::memcpy(to, &x, 4 * inside(count)); }
+static inline void store_first(float *to, Vector x, int64_t count) {
+    if (count >= LANES)
+        *reinterpret_cast<AnyVector *>(to) = x;
+    else
+        std::memcpy(to, &x, 4 * inside(count));
+}
 static inline Vector first(Vector x, int64_t count) {
     for (int i = 0; i < LANES; ++i) x[i] = i < count ? x[i] : 0;
     return x;
@@ -54,6 +61,7 @@ static inline Vector first(Vector x, int64_t count) {
 static inline Vector min(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline Vector max(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline float sum(Vector x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline Vector square_root(Vector x) { return (Vector)_mm512_sqrt_ps((__m512)x); }
 static inline Vector reciprocal(Vector x) {  // to float32 rounding: an estimate of 14 bits and a step of Newton's method
     const Vector y = (Vector)_mm512_rcp14_ps((__m512)x);
     return y + y * (1.0f - x * y);
@@ -70,6 +78,10 @@ static inline float sum(Vector x) {
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += x[i];
     return total;
+}
+static inline Vector square_root(Vector x) {
+    for (int i = 0; i < LANES; ++i) x[i] = std::sqrt(x[i]);
+    return x;
 }
 static inline Vector reciprocal(Vector x) { return 1.0f / x; }
 #endif
