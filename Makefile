@@ -16,12 +16,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test format clean
+.PHONY: help train test docs format clean
 unexport PYTHONPATH PYTHONHOME
 
 help:
 	@echo "make train    train DIPO through the RL Zoo, then play the best that it found (ARGS=\"--help\" lists the options)"
 	@echo "make test     lint, check the format and the types, run the tests"
+	@echo "make docs     build the documentation: docs/_build/index.html"
 	@echo "make format   format the code and sort the imports"
 	@echo "make clean    remove caches and build leftovers; .venv and runs stay"
 
@@ -35,12 +36,16 @@ test: $(VENV)/.installed-tests
 	$(BIN)/mypy
 	$(BIN)/pytest --cov --numprocesses auto --dist worksteal
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d docs/_build/.doctrees . docs/_build
+	@echo "The documentation is in docs/_build/index.html."
+
 format: $(VENV)/.installed-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_dipo hyperparams tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts there: where it is, the environment is whole.
@@ -63,7 +68,12 @@ $(VENV)/.installed: $(DESCRIPTION) | $(VENV)/.torch
 	@$(PIP_INSTALL) --editable '.[zoo]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(DESCRIPTION) | $(VENV)/.torch
+	@echo "Installing sb3_dipo and Sphinx into $(VENV) ..."
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.installed-tests: $(DESCRIPTION) | $(VENV)/.torch
 	@echo "Installing sb3_dipo and its test tools into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[zoo,box2d,export,plots,tests,cluster]'
-	@touch $@ $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[zoo,box2d,docs,export,plots,tests,cluster]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs
