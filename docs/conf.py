@@ -43,6 +43,8 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"sb3_dipo {release}"
 html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_extra_path = ["start"]  # leads from the root of the site to docs/index.html
 
@@ -54,7 +56,8 @@ def math_inline(translator: SphinxTranslator, node: nodes.math) -> None:
 
 
 def math_block(translator: SphinxTranslator, node: nodes.math_block) -> None:
-    translator.body.append(latex2mathml.tex2mathml(node.astext(), as_block=True))
+    equation = latex2mathml.tex2mathml(node.astext(), as_block=True)
+    translator.body.append(f'<div class="equation">{equation}</div>')
     raise nodes.SkipNode
 
 
