@@ -2,12 +2,13 @@
 # only when one of the files that describe the package has changed. To start afresh: rm -rf .venv
 #
 #     make test PYTHON=python3.12                     another interpreter (takes effect when .venv is made)
-#     make train ENV=Hopper-v5 ARGS="--seed 1"        another task, at its full budget; options of rl_zoo3.train
+#     make train ARGS="--seed 1"                      another seed of the first look (ARGS="--help" lists the options)
+#     make train ENV=HalfCheetah-v5                   the real thing: through the RL Zoo, at the task's full budget
+#     make train ENV=Hopper-v5 ARGS="--seed 1"        the same with options of rl_zoo3.train
 
 PYTHON ?= python3
-ENV ?= Pendulum-v1
-# Enough for Pendulum-v1, which has 20,000 steps in hyperparams/dipo.yml.
-ARGS ?= $(if $(filter Pendulum-v1,$(ENV)),--n-timesteps 6000 --seed 0) --eval-freq 1000
+ENV :=
+ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,18 +17,25 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test format clean
+.PHONY: help train test docs format clean
 unexport PYTHONPATH PYTHONHOME
 
 help:
-	@echo "make train    train DIPO through the RL Zoo, then play the best that it found (ARGS=\"--help\" lists the options)"
+	@echo "make train    train DIPO on Pendulum-v1 for a few minutes, and film it before and after"
+	@echo "              ENV=HalfCheetah-v5 trains another task through the RL Zoo, at its full budget, which takes hours"
 	@echo "make test     lint, check the format and the types, run the tests"
+	@echo "make docs     build the documentation: docs/_build/index.html"
 	@echo "make format   format the code and sort the imports"
 	@echo "make clean    remove caches and build leftovers; .venv and runs stay"
 
 train: $(VENV)/.installed
-	$(BIN)/python -m rl_zoo3.train --algo dipo --env $(ENV) --log-folder runs $(ARGS)
+ifeq ($(ENV),)
+	$(BIN)/python examples/train.py $(ARGS)
+else
+	$(BIN)/python -m rl_zoo3.train --algo dipo --env $(ENV) --log-folder runs --eval-freq 10000 --progress $(ARGS)
 	$(BIN)/python -m rl_zoo3.enjoy --algo dipo --env $(ENV) --folder runs --no-render --n-timesteps 4000 --load-best
+	-$(BIN)/python -m rl_zoo3.record_video --algo dipo --env $(ENV) --folder runs --n-timesteps 1000 --load-best
+endif
 
 test: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
@@ -35,12 +43,16 @@ test: $(VENV)/.installed-tests
 	$(BIN)/mypy
 	$(BIN)/pytest --cov --numprocesses auto --dist worksteal
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d docs/_build/.doctrees . docs/_build
+	@echo "The documentation is in docs/_build/index.html."
+
 format: $(VENV)/.installed-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find sb3_dipo hyperparams tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts there: where it is, the environment is whole.
@@ -63,7 +75,12 @@ $(VENV)/.installed: $(DESCRIPTION) | $(VENV)/.torch
 	@$(PIP_INSTALL) --editable '.[zoo]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(DESCRIPTION) | $(VENV)/.torch
+	@echo "Installing sb3_dipo and Sphinx into $(VENV) ..."
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.installed-tests: $(DESCRIPTION) | $(VENV)/.torch
 	@echo "Installing sb3_dipo and its test tools into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[zoo,box2d,export,plots,tests,cluster]'
-	@touch $@ $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[zoo,box2d,docs,export,plots,tests,cluster]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs

@@ -113,7 +113,7 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: the latent to start from, standard normal; drawn where None
         :param noise: the noise added on the way, standard normal; drawn where None
-        :param sampler: how to sample; :attr:`sampler` where None
+        :param sampler: how to sample; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
@@ -123,7 +123,7 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
         The action of ``deterministic=True``: draws nothing, so that it repeats exactly.
 
         :param features: of the states, (batch_size, features_dim)
-        :param sampler: how to sample, though without noise; :attr:`sampler` where None
+        :param sampler: how to sample, though without noise; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
 
@@ -180,7 +180,7 @@ class GenerativeActor(UsesOps, BasePolicy, ABC):
 
         :param obs: observations, batch_size first
         :param deterministic: whether to draw nothing
-        :param sampler: how to sample: one of the policy's, which ``set_sampler`` changes; :attr:`sampler` where None
+        :param sampler: how to sample: one of the policy's, which ``set_sampler`` changes; the actor's own where None
         """
         features = self.extract_features(obs)
         return self.deterministic_action(features, sampler) if deterministic else self.sample(features, sampler=sampler)
@@ -252,7 +252,7 @@ class IterativeActor(GenerativeActor):
         :param initial_noise: a_K, (batch_size, action_dim); standard normal where None
         :param noise: z in order of use, (number of steps, batch_size, action_dim); standard normal where None. The authors'
             sampler multiplies the last of them by 0; solvers that are not stochastic use none
-        :param sampler: how to sample; :attr:`sampler` where None. With ``noise_scale`` 0 it is the authors' evaluation
+        :param sampler: how to sample; the actor's own where None. With ``noise_scale`` 0 it is the authors' evaluation
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         sampler = sampler or self.sampler
@@ -273,7 +273,7 @@ class IterativeActor(GenerativeActor):
         The steps from one latent, the same for every state, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
-        :param sampler: how to sample, though without noise; :attr:`sampler` where None
+        :param sampler: how to sample, though without noise; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         latents = self.latent.expand(features.shape[0], -1)
@@ -491,7 +491,7 @@ class VAEActor(GenerativeActor):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: z, (batch_size, latent_dim); standard normal where None
         :param noise: the same: there is but one draw, and it may come by either name
-        :param sampler: its ``noise_scale`` is the factor of z; :attr:`sampler` where None
+        :param sampler: its ``noise_scale`` is the factor of z; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         if initial_noise is None:
@@ -564,7 +564,7 @@ class MLPActor(GenerativeActor):
         :param features: of the states, (batch_size, features_dim)
         :param initial_noise: the same as ``noise``: there is but one draw, and it may come by either name
         :param noise: (batch_size, action_dim); standard normal where None
-        :param sampler: its ``noise_scale`` is the factor of ``noise_std``; :attr:`sampler` where None
+        :param sampler: its ``noise_scale`` is the factor of ``noise_std``; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
         actions = self.layers(features)

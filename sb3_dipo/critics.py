@@ -159,7 +159,7 @@ class EnsembleCritic(Critic):
         return th.stack([F.mse_loss(each, targets) for each in q_values]).sum()
 
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
-        """min_i Q_i(s, .), equation (15); see :meth:`Critic.objective`."""
+        """min_i Q_i(s, .), equation (15); see :meth:`sb3_dipo.critics.Critic.objective`."""
         return self.ops.objective(self.q_networks, self._fixed_features(obs), smallest)
 
 
@@ -232,7 +232,7 @@ class QuantileCritic(Critic):
         return self.ops.quantile_huber_loss(quantiles, targets)
 
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
-        """The mean over networks and quantiles; see :meth:`Critic.objective`."""
+        """The mean over networks and quantiles; see :meth:`sb3_dipo.critics.Critic.objective`."""
         return self.ops.objective(self.q_networks, self._fixed_features(obs), average)
 
 

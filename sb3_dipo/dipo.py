@@ -25,7 +25,7 @@ class DIPO(DIPOBase):
     learn from the actions that were really taken.
 
     Paper: https://arxiv.org/abs/2305.13122, Algorithm 3; defaults are its Tables 2 and 3. Where this class differs from the
-    paper or from the authors' released code, the README says so.
+    paper or from the authors' released code, ``docs/paper.md`` says so.
 
     :param policy: the policy to use (``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class)
     :param env: the environment to learn from (if registered in Gymnasium, can be str); its actions are a bounded Box

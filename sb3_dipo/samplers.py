@@ -9,11 +9,12 @@ SAMPLER_USES = ("behaviour", "target", "evaluation")
 @dataclass(frozen=True)
 class Sampler:
     """
-    How an actor samples. A policy owns one for each of :data:`SAMPLER_USES` and hands it to the actor; see
-    :meth:`sb3_dipo.DIPOPolicy.set_sampler`. Which fields an actor uses is in its ``sampler_options``; the actor checks them.
+    How an actor samples. A policy owns one for each use (``"behaviour"``, ``"target"`` and ``"evaluation"``) and hands it to
+    the actor; see :meth:`sb3_dipo.DIPOPolicy.set_sampler`. Which fields an actor uses is in its ``sampler_options``; the
+    actor checks them.
 
     :param num_candidates: actions that are sampled for each state, of which the one that the critic values most is taken; at
-        least 1. The policy does so, see :meth:`sb3_dipo.DIPOPolicy.best_action`
+        least 1. The policy does so, see :meth:`sb3_dipo.DIPOPolicy.act`
     :param noise_scale: factor of the noise that is added on the way, at least 0
     :param solver: of the reverse process: see :mod:`sb3_dipo.diffusion.solvers`
     :param num_inference_steps: steps that are really taken; of the diffusion between 1 and K, and None is all K

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import EXAMPLES, Scripts
 
 from sb3_dipo import DIPO, RECOMMENDED
@@ -11,10 +12,12 @@ from sb3_dipo import DIPO, RECOMMENDED
 
 @pytest.mark.slow
 def test_train(scripts: Scripts, tmp_path: Path) -> None:
-    arguments = ("--env", "Pendulum-v1", "--timesteps", "1005", "--save-to", "here")
+    arguments = ("--timesteps", "105", "--learning-starts", "100", "--save-to", "here")
     printed = scripts.run(EXAMPLES / "train.py", *arguments, cwd=tmp_path)
-    for line in ("random actions", "before training", "after   1,005 steps"):
+    for line in (" at random, ", " before training.", " after 105 steps.", str(Path("here", "before_and_after.gif"))):
         assert line in printed
+    with Image.open(tmp_path / "here" / "before_and_after.gif") as gif:
+        assert (gif.size, gif.n_frames) == ((410, 200), 200)  # type: ignore[attr-defined]
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     model = DIPO.load(tmp_path / "here" / "dipo.zip", device="cpu")
     assert model._n_updates == 5
