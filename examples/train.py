@@ -52,7 +52,7 @@ def mean_return(model: DIPO, env: gym.Env) -> float:
 
 def film(model: DIPO, env_id: str, seed: int) -> list[Image.Image]:
     """The pictures of one episode, at most 200 of them; none where this machine cannot draw the task."""
-    frames = []
+    frames: list[Image.Image] = []
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, and looks for no screen
     try:
         env = gym.make(env_id, render_mode="rgb_array")
