@@ -169,12 +169,12 @@ class Modes:
 
     def __str__(self) -> str:
         if not self.number:
-            return "no mode: actions are spread out"
+            return "no mode: the actions are spread out"
         shares = ", ".join(f"{share:.0%}" for share in self.shares)
         return f"1 mode ({shares})" if self.number == 1 else f"{self.number} modes ({shares}), evenness {self.evenness:.2f}"
 
 
-def find_modes(actions: np.ndarray, radius: float = 0.15, min_share: float = 0.05) -> Modes:
+def find_modes(actions: np.ndarray, radius: float = 0.2, min_share: float = 0.1) -> Modes:
     """
     Count the different ways in a sample of actions, by the clustering DBSCAN of scikit-learn.
 
@@ -185,7 +185,8 @@ def find_modes(actions: np.ndarray, radius: float = 0.15, min_share: float = 0.0
     few and for many of them.
 
     A way that is taken by less than ``min_share`` of the actions is not counted. Actions that are spread out more widely than
-    the radius, for example by a policy that has not learned yet, have no mode at all.
+    the radius, for example by a policy that has not learned yet, have no mode at all; in one dimension they form one mode,
+    because there a neighbourhood is a fifth of the box.
 
     :param actions: in [-1, 1], (n, action_dim)
     :param radius: of a neighbourhood, above 0; the box of actions is 2 wide
@@ -316,8 +317,8 @@ def plot_policy(
     dims: Sequence[int] | None = None,
     n_samples: int = 1000,
     seed: int = 0,
-    radius: float = 0.15,
-    min_share: float = 0.05,
+    radius: float = 0.2,
+    min_share: float = 0.1,
 ) -> Figure:
     """
     Draw a policy in one state: above, how its actions come out of noise, if they do so in steps; below, how dense they are and

@@ -184,9 +184,10 @@ def test_modes_leave_out_what_is_rare_or_spread_out() -> None:
     np.testing.assert_array_equal(modes.labels, [0] * 93 + [-1] * 7)
     assert plots.find_modes(actions, min_share=0.035).number == 2
     assert plots.find_modes(actions, radius=1.2).number == 1
-    spread = plots.find_modes(np.random.default_rng(0).uniform(-1, 1, (500, 6)))
-    assert spread.number == 0 and spread.centers.shape == (0, 6) and spread.evenness == 0
-    assert str(spread) == "no mode: actions are spread out"
+    for action_dim in (2, 6):
+        spread = plots.find_modes(np.random.default_rng(0).uniform(-1, 1, (1000, action_dim)))
+        assert spread.number == 0 and spread.centers.shape == (0, action_dim) and spread.evenness == 0
+        assert str(spread) == "no mode: the actions are spread out"
 
 
 # ------------------------------------------------------------------------------------------------- figures
