@@ -1,5 +1,5 @@
 """
-Look at a policy: which actions it takes in one state, how they come out of noise, and what the critic thinks of them.
+Look at a policy: which actions it takes in one state, how they come out of noise, and what the critic thinks of them::
 
     from sb3_dipo import plots
 
@@ -38,6 +38,7 @@ from sb3_dipo.critics import Critic
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from scipy.stats import entropy  # type: ignore[import-untyped]
@@ -213,7 +214,8 @@ def plot_actions(
     actions: np.ndarray, dims: Sequence[int] | None = None, axes: Axes | None = None, bins: int = 40, **kwargs: Any
 ) -> Axes:
     """
-    Draw how dense actions are over two of their dimensions, or over one.
+    Draw how dense actions are over two of their dimensions, or over one. Over two, a cell is as dark as the square root of
+    its density is high, so that rare actions are seen beside frequent ones.
 
     :param actions: in [-1, 1], (n, action_dim), for example of :func:`sample_actions`
     :param dims: one or two dimensions of the action; the first two where None, or the only one
@@ -226,7 +228,8 @@ def plot_actions(
     axes = axes or _new_axes()
     if len(dims) == 2:
         edges = np.linspace(-1, 1, bins + 1)
-        axes.hist2d(*actions[:, dims].T, **{"bins": [edges, edges], "cmap": "Greys", "density": True, **kwargs})
+        style = {"bins": [edges, edges], "cmap": "Greys", "norm": PowerNorm(0.5), "density": True}
+        axes.hist2d(*actions[:, dims].T, **{**style, **kwargs})
     else:
         axes.hist(actions[:, dims[0]], **{"bins": bins, "range": (-1, 1), "density": True, **kwargs})
     return _label(axes, dims, "density")
@@ -267,7 +270,7 @@ def plot_q(
     values = q_values(model, observation, actions).reshape(grid[0].shape)
     if len(dims) == 2:
         drawn = axes.contourf(*grid, values, **{"levels": 20, "cmap": "viridis", **kwargs})
-        axes.figure.colorbar(drawn, ax=axes)
+        axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.04)  # as high as square axes
     else:
         axes.plot(line, values, **kwargs)
     return _label(axes, dims, "Q(s, a)")
