@@ -22,14 +22,13 @@ from experiments import COLORS, markdown_table, save_figure, write
 from grid import K20, VARIANTS, Run, Variant, arguments, check, choose, failures, make_run, parse, positive, train_or_exit
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import entropy  # type: ignore[import-untyped]
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_dipo import improve_actions
+from sb3_dipo import improve_actions, plots
 from sb3_dipo.envs.multi_goal import GOALS, LIMIT
 
 ENV = "sb3_dipo/MultiGoal-v0"
@@ -97,7 +96,7 @@ def evenness(goals: np.ndarray) -> tuple[np.ndarray, float]:
         the goals are reached equally often, 0 if all rollouts go to one, or none to any
     """
     counts = np.bincount(goals[goals >= 0], minlength=len(GOALS))
-    return counts / len(goals), float(entropy(counts, base=len(GOALS))) if counts.any() else 0.0
+    return counts / len(goals), plots.evenness(counts)
 
 
 def measure(run: Run, random_steps: int) -> pd.DataFrame:
@@ -152,13 +151,11 @@ def actions(model: BaseAlgorithm, states: np.ndarray, deterministic: bool) -> np
 
 def values(model: BaseAlgorithm, states: np.ndarray) -> np.ndarray:
     """min_i Q_i(s, a), a the policy's deterministic action, or V(s); states of shape (n, 2), values of shape (n,)."""
-    observations = th.as_tensor(states, dtype=th.float32, device=model.device)
-    with th.no_grad():
-        if isinstance(model, PPO):
+    if isinstance(model, PPO):
+        with th.no_grad():
+            observations = th.as_tensor(states, dtype=th.float32, device=model.device)
             return model.policy.predict_values(observations).cpu().numpy()[:, 0]
-        critic: Any = model.policy.critic
-        q_values = critic(observations, th.as_tensor(actions(model, states, True), device=model.device))
-        return th.cat(q_values, dim=1).min(dim=1).values.cpu().numpy()
+    return plots.q_values(model, states.astype(np.float32), actions(model, states, True))
 
 
 def square(limit: float, points: int) -> np.ndarray:
