@@ -34,6 +34,7 @@ import sb3_dipo.networks
 from sb3_dipo import DIPO, DiffusionActor, Sampler, improve_actions
 from sb3_dipo.diffusion.solvers import SOLVERS
 from sb3_dipo.fast.guard import FusedGuard
+from sb3_dipo.fast.kernels import rounding_kernels
 
 FAST = [mode for mode in MODES if mode != "off"]
 fast = pytest.mark.parametrize("accelerate", FAST)
@@ -386,7 +387,8 @@ def test_bfloat16_is_for_acting_and_the_action_gradient_alone(accelerate: str, a
     improved = [improve_actions(objective, given.actions, action_gradient_steps=3) for objective in objectives]
     moved = [float((each - given.actions).abs().mean()) for each in improved]
     assert moved[0] == pytest.approx(moved[1], rel=0.05)
-    assert (float((improved[0] - improved[1]).abs().mean()) > 1e-6) == (accelerate != "off")
+    rounds = accelerate == "auto" or (accelerate == "compile" and rounding_kernels() is not None)
+    assert (float((improved[0] - improved[1]).abs().mean()) > 1e-6) == rounds
     train(rounded, 2, 64)
     rounded.save(tmp_path / "model")
     loaded = DIPO.load(tmp_path / "model", device="cpu")
@@ -421,7 +423,8 @@ def test_bfloat16_in_the_reverse_process(accelerate: str) -> None:
     exact = filled(accelerate="off", policy_kwargs=settings)
     observations = np.random.default_rng(0).normal(size=(256, OBS_DIM)).astype(np.float32)
     moved = np.abs(rounded.predict(observations, deterministic=True)[0] - exact.predict(observations, deterministic=True)[0])
-    assert 1e-7 < moved.mean() < 0.01
+    assert moved.mean() < 0.01
+    assert (moved.mean() > 1e-6) == (accelerate == "auto" or rounding_kernels() is not None)
     few = [model.predict(observations[:8], deterministic=True)[0] for model in (rounded, exact)]
     np.testing.assert_allclose(few[0], few[1], rtol=0, atol=FLOAT32_ROUNDING)
 

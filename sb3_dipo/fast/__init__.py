@@ -14,7 +14,7 @@ from sb3_dipo.buffers import DIPOReplayBuffer
 from sb3_dipo.fast.cuda_graphs import CapturableGuard, CudaGraphs
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
 from sb3_dipo.fast.guard import FusedGuard
-from sb3_dipo.fast.kernels import KernelError, Kernels, kernels_at_hand, load_kernels
+from sb3_dipo.fast.kernels import KernelError, Kernels, kernels_at_hand, load_kernels, rounding_kernels
 from sb3_dipo.fast.ops import FastOps
 from sb3_dipo.guard import Guard
 from sb3_dipo.networks import PLAIN, Ops
@@ -33,8 +33,8 @@ def make_ops(device: th.device, accelerate: str, inference_dtype: str) -> Ops:
     """
     if device.type == "cpu":
         kernels: Kernels | None = load_kernels() if accelerate == "compile" else kernels_at_hand()
-        if inference_dtype == "bfloat16":
-            kernels_at_hand(bfloat16=True)  # compiled now, and not when it is first used
+        if kernels is not None and inference_dtype == "bfloat16":
+            rounding_kernels()  # compiled now, and not when it is first used
         return FastOps(inference_dtype, kernels)
     return FastOps(inference_dtype) if device.type == "cuda" else PLAIN
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sb3_dipo.action_gradient import ADAM_BETAS, ADAM_EPS
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
-from sb3_dipo.fast.kernels import Kernels, coefficients, kernels_at_hand
+from sb3_dipo.fast.kernels import Kernels, coefficients, rounding_kernels
 from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers
 from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest
@@ -267,7 +267,8 @@ class FastOps(Ops):
     Computes what :class:`~sb3_dipo.networks.Ops` computes, in less time where it knows every module.
 
     :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers, in
-        :meth:`reverse_process` and the gradients of :meth:`objective`, where the batch is large enough that it pays
+        :meth:`reverse_process` and the gradients of :meth:`objective`, where the batch is large enough that it pays, and, by
+        the kernel, where the processor is faster then
     :param kernels: the kernel, on a CPU, or None
     """
 
@@ -305,12 +306,12 @@ class FastOps(Ops):
             return None
         if rounded and self.inference_dtype == "bfloat16" and len(x) >= FEW_ROWS:
             even = all(len(layer.weight) % 2 == 0 for layers in mlps for layer in layers[:-1])
-            return (kernels_at_hand(bfloat16=True) if even else None) or self.kernels
+            return (rounding_kernels() if even else None) or self.kernels
         return self.kernels
 
     def mlp(self, layers: nn.Module, x: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
-        fast = is_ordinary(x) and x.device.type == "cpu" and (self.kernels is not None or len(x) >= FEW_ROWS)
+        fast = is_ordinary(x) and x.device.type == "cpu" and len(x) >= FEW_ROWS
         known = known_layers(layers, x.device) if fast else None
         if known is None or x.dim() != 2 or x.shape[1] != known[0].weight.shape[1]:
             return super().mlp(layers, x)

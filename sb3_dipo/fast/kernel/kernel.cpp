@@ -24,6 +24,14 @@ template <class Work> static int32_t guarded(const Work &work) noexcept {
 
 extern "C" {
 
+int32_t is_for_amd() {
+#if defined(__znver4__) || defined(__znver5__) || defined(__znver6__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void use_threads(Fork fork) { fork_threads = fork; }
 
 int32_t reverse_process(int64_t layers, const Layer *layer, int64_t steps, const Step *table, int64_t rows,

@@ -52,8 +52,9 @@ template <class T> static Right<T> pack(Memory &memory, const T *from, int64_t d
     return {to, depth, columns, width * depth, width, width};
 }
 
-static Pair *round_to_pairs(Memory &memory, const float *from, int64_t count) {
-    Pair *pairs = memory.get<Pair>(round_up(count, LANES) / 2);
+// (Of T, so that it is compiled only where it is used.)
+template <class T> static T *round_to_pairs(Memory &memory, const float *from, int64_t count) {
+    T *pairs = memory.get<T>(round_up(count, LANES) / 2);
     for (int64_t i = 0; i < count; i += LANES) store(pairs + i / 2, load_first(from + i, count - i));
     return pairs;
 }
@@ -63,17 +64,17 @@ template <class T> static Right<T> pack_weight(Memory &memory, const float *weig
     if constexpr (std::is_same<T, float>::value)
         return pack_transposed(memory, weight, inputs, outputs, inputs);
     else
-        return pack_transposed(memory, round_to_pairs(memory, weight, outputs * inputs), inputs / 2, outputs, inputs / 2);
+        return pack_transposed(memory, round_to_pairs<T>(memory, weight, outputs * inputs), inputs / 2, outputs, inputs / 2);
 }
 template <class T> static Right<T> pack_weight_back(Memory &memory, const float *weight, int64_t outputs, int64_t inputs) {
     if constexpr (std::is_same<T, float>::value)
         return pack(memory, weight, outputs, inputs, inputs);
     else {
-        const Pair *rounded = round_to_pairs(memory, weight, outputs * inputs);
-        Pair *pairs = memory.get<Pair>(outputs * inputs / 2);
+        const T *rounded = round_to_pairs<T>(memory, weight, outputs * inputs);
+        T *pairs = memory.get<T>(outputs * inputs / 2);
         for (int64_t i = 0; i < outputs / 2; ++i)  // a pair is of two rows
             for (int64_t j = 0; j < inputs / 2; ++j) {
-                const Pair above = rounded[i * inputs + j], below = rounded[i * inputs + inputs / 2 + j];
+                const T above = rounded[i * inputs + j], below = rounded[i * inputs + inputs / 2 + j];
                 pairs[i * inputs + 2 * j] = {above.first, below.first};
                 pairs[i * inputs + 2 * j + 1] = {above.second, below.second};
             }
