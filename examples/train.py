@@ -24,7 +24,7 @@ from sb3_dipo import DIPO, RECOMMENDED
 # Pendulum-v1 is learned within these steps. Larger tasks need 100,000 and more, with 10,000 random ones and DIPO's own
 # learning rate, 3e-4.
 ENV = "Pendulum-v1"
-TIMESTEPS = 4_000
+TIMESTEPS = 3_500
 LEARNING_STARTS = 500
 LEARNING_RATE = 1e-3
 EPISODES = 10
