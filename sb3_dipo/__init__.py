@@ -13,7 +13,7 @@ from sb3_dipo.policies import CnnPolicy, DIPOPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dipo.recommended import RECOMMENDED
 from sb3_dipo.samplers import Sampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DIPO",
