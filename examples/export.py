@@ -7,7 +7,8 @@ Without a file it trains a small agent on Pendulum-v1 first. It writes `policy.o
 actions of `model.predict(observations, deterministic=True)`, in the environment's units. The whole reverse process is
 inside, with the solver and number of steps that `model.policy.set_sampler("evaluation", ...)` left. Observations go in as
 `predict` takes them, but images channels first; an agent trained with VecNormalize needs them normalised, as `predict` does.
-Dict observations are beyond this example. Both files are compared with `predict` at the end. Needs the extra `export`.
+Dict observations, and the best of several candidates, which needs the critic, are beyond this example. Both files are compared
+with `predict` at the end. Needs the extra `export`.
 """
 
 import argparse
@@ -72,6 +73,9 @@ def main() -> None:
     else:
         small = {"num_train_timesteps": 10}
         model = DIPO("MlpPolicy", "Pendulum-v1", learning_starts=100, device="cpu", policy_kwargs=small).learn(150)
+    candidates = model.policy.samplers["evaluation"].num_candidates
+    if candidates > 1:
+        raise SystemExit(f"An export has one candidate: use set_sampler('evaluation', num_candidates=1), not {candidates}.")
     difference = export(model, np.stack([model.observation_space.sample() for _ in range(64)]), args.folder)
     print(f"{args.folder}: the largest difference from predict() is {difference:.1e} of half the box")
     if not difference <= TOLERANCE:

@@ -26,7 +26,10 @@ def improve_actions(
     over the whole batch. No gradient reaches the parameters of ``q_fn``.
 
     :param q_fn: Q at fixed states, from actions (batch_size, action_dim) to values (batch_size, 1). Where it has a method
-        ``gradient(actions)``, which returns the gradient of its sum, (batch_size, action_dim), that is used; else autograd
+        ``gradient(actions)``, which returns the gradient of its sum, (batch_size, action_dim), that is used; else autograd.
+        Where it has a method ``improve(actions, bounds, action_lr, action_gradient_steps, max_norm)``, which takes all steps
+        and returns the improved actions, or None if it cannot, that is used first; ``bounds`` are the lowest and the highest
+        improved action, both (batch_size, action_dim), or None
     :param actions: in [-1, 1], (batch_size, action_dim); left as they are
     :param action_lr: eta, Adam's step size: about what an action moves in one step, in units of the box's half-width
     :param action_gradient_steps: number of steps
@@ -44,12 +47,15 @@ def improve_actions(
     gradient_of: Callable[[th.Tensor], th.Tensor] = getattr(q_fn, "gradient", autograd)
     max_norm = action_grad_norm_ratio * actions.shape[1]
     beta1, beta2 = ADAM_BETAS
-    actions = actions.detach()
-    low: Any = -1.0
-    high: Any = 1.0
+    actions, bounds = actions.detach(), None
     if max_action_shift is not None:
         middle = (actions if actions_taken is None else actions_taken).detach()
-        low, high = (middle - max_action_shift).clamp(min=-1), (middle + max_action_shift).clamp(max=1)
+        bounds = (middle - max_action_shift).clamp(min=-1), (middle + max_action_shift).clamp(max=1)
+    if hasattr(q_fn, "improve"):
+        improved: th.Tensor | None = q_fn.improve(actions, bounds, action_lr, action_gradient_steps, max_norm)
+        if improved is not None:
+            return improved
+    limits: Any = bounds or (-1.0, 1.0)
     first_moment, second_moment = th.zeros_like(actions), th.zeros_like(actions)
     for step in range(1, action_gradient_steps + 1):
         gradient = gradient_of(actions)
@@ -58,5 +64,5 @@ def improve_actions(
             first_moment.lerp_(gradient, 1 - beta1)
             second_moment.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             denominator = (second_moment / (1 - beta2**step)).sqrt_().add_(ADAM_EPS)
-            actions = th.addcdiv(actions, first_moment, denominator, value=action_lr / (1 - beta1**step)).clamp_(low, high)
+            actions = th.addcdiv(actions, first_moment, denominator, value=action_lr / (1 - beta1**step)).clamp_(*limits)
     return actions.detach()

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.utils import quantile_huber_loss
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
@@ -230,7 +229,7 @@ class QuantileCritic(Critic):
         """
         quantiles = self(obs, actions)
         self.q_value = quantiles.detach().mean()
-        return quantile_huber_loss(quantiles, targets.unsqueeze(1), sum_over_quantiles=False)
+        return self.ops.quantile_huber_loss(quantiles, targets)
 
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """The mean over networks and quantiles; see :meth:`sb3_dipo.critics.Critic.objective`."""

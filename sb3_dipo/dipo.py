@@ -56,8 +56,9 @@ class DIPO(DIPOBase):
     :param actor_target_update_interval: the actor's target moves in the updates 0, n, 2n, ...; at least 1. Table 3: 1
         (HalfCheetah 2)
     :param qf_learning_rate: step size of Adam for the critics, or a schedule; that of the actor where None
-    :param accelerate: a request, resolved on the device at hand: ``"auto"``, on a GPU CUDA graphs and on the CPU the fastest
-        operators of PyTorch; ``"cudagraphs"``; ``"compile"``, kernels that a compiler makes first; ``"off"``, the plain path
+    :param accelerate: a request, resolved on the device at hand: ``"auto"``, on a GPU CUDA graphs, and on the CPU a kernel
+        that a C++ compiler makes first, or, where there is none, the fastest operators of PyTorch; ``"compile"``, the same,
+        with a warning where there is no kernel; ``"cudagraphs"``, as ``"auto"``; ``"off"``, the plain path
     :param stats_window_size: number of episodes over which rollout statistics are averaged
     :param tensorboard_log: folder for TensorBoard; no logging where None
     :param policy_kwargs: arguments of the policy, see :class:`~sb3_dipo.policies.DIPOPolicy`: ``actor``, ``net_arch``, and

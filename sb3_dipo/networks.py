@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch as th
+from sb3_contrib.common.utils import quantile_huber_loss
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 
@@ -106,6 +107,16 @@ class Ops:
             return reduce(th.cat([q_network(x) for q_network in q_networks], dim=1))
 
         return q_fn
+
+    def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        The mean quantile Huber loss of all pairs, as in TQC.
+
+        :param quantiles: (batch_size, n_critics, n_quantiles)
+        :param targets: (batch_size, number of target quantiles)
+        :return: a scalar
+        """
+        return quantile_huber_loss(quantiles, targets.unsqueeze(1), sum_over_quantiles=False)
 
 
 PLAIN = Ops()

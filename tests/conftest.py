@@ -1,4 +1,7 @@
-"""One thread of PyTorch: the networks of the tests are small, and more threads wait for each other. No GPU: no `gpu` tests."""
+"""
+One thread of PyTorch: the networks of the tests are small, and more threads wait for each other. No GPU: no `gpu` tests. And
+``accelerate="auto"`` is what it is without a compiler, so that it is another path than ``"compile"``.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -9,6 +12,19 @@ from processes import PAPER, Scripts
 
 th.set_num_threads(1)
 sys.path.append(str(PAPER))  # whose scripts import each other by name, and tests import them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_kernel_by_itself() -> Iterator[None]:
+    """In this process; what ``"auto"`` does with a compiler is in ``test_kernels.py``."""
+    try:
+        from sb3_dipo import fast
+    except ImportError:  # it was left out
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "kernels_at_hand", lambda bfloat16=False: None)
+        yield
 
 
 @pytest.fixture

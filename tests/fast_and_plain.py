@@ -131,3 +131,24 @@ def assert_same(actual: Results, expected: Results, atol: float = FLOAT32_ROUNDI
             th.testing.assert_close(actual[name], value, atol=atol, rtol=rtol)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+class KernelMish:
+    """Mish, and its gradient, as the compiled kernel computes them: an MLP of one unit whose weights are 1."""
+
+    def __init__(self) -> None:
+        from sb3_dipo.fast.kernels import load_kernels
+        from sb3_dipo.fast.layers import Layer
+
+        self.kernels, self.layers = load_kernels(), [Layer(th.ones(1, 1), th.zeros(1))] * 2
+
+    def mish(self, x: th.Tensor) -> th.Tensor:
+        return self.kernels.forward(self.layers, x.reshape(-1, 1))[0].view(x.shape)
+
+    def mish_backward(self, grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
+        column, of_y = x.reshape(-1, 1), grad_output.reshape(-1, 1)
+        kept = self.kernels.forward(self.layers, column, keep=True)[1]
+        assert kept is not None
+        gradient = self.kernels.backward(self.layers, column, kept, of_y, True, [False] * 4)[0]
+        assert gradient is not None
+        return gradient.view(x.shape)

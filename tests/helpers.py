@@ -71,19 +71,27 @@ def fill(agent: DIPO, observations: Any, actions: Any, rewards: Any, next_observ
         agent.replay_buffer.add(obs, next_obs, action, reward, terminal, [{} for _ in range(agent.n_envs)])
 
 
-def give_noise(agent: DIPO, of_sample: Sequence[dict[str, th.Tensor]], of_loss: Sequence[dict[str, th.Tensor]]) -> None:
-    """Give the target policy and the actor's loss their draws, one dict of arguments for each update."""
-    sample, loss = agent.actor_target.sample, agent.actor.loss
-    samples, losses = iter(of_sample), iter(of_loss)
+def give_noise(
+    agent: DIPO,
+    of_sample: Sequence[dict[str, th.Tensor]],
+    of_loss: Sequence[dict[str, th.Tensor]],
+    of_start: Sequence[dict[str, th.Tensor]] = (),
+) -> None:
+    """
+    Give the target policy, the actor's loss, and the policy where the climb begins, their draws: one dict of arguments for
+    each update.
+    """
+    loss = agent.actor.loss
+    losses = iter(of_loss)
 
-    def given_sample(features: th.Tensor, sampler: Any) -> th.Tensor:
-        arguments: dict[str, Any] = next(samples)
-        return sample(features, **{"sampler": sampler, **arguments})
+    def given(sample: Any, arguments: Iterator[dict[str, Any]]) -> Any:
+        return lambda features, sampler: sample(features, **{"sampler": sampler, **next(arguments)})
 
     def given_loss(features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return loss(features, actions, **next(losses))
 
-    agent.actor_target.sample = given_sample  # type: ignore[method-assign, assignment]
+    agent.actor_target.sample = given(agent.actor_target.sample, iter(of_sample))  # type: ignore[method-assign]
+    agent.actor.sample = given(agent.actor.sample, iter(of_start))  # type: ignore[method-assign]
     agent.actor.loss = given_loss  # type: ignore[method-assign, assignment]
 
 

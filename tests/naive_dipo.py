@@ -1,8 +1,10 @@
 """DIPO (Yang et al., arXiv 2305.13122), written once more, naively, in plain PyTorch.
 
 An oracle: it shares no code with the package it checks, follows the paper line by line and makes no attempt to be fast.
-Letters in the shape comments: B batch, S observation, p action, K reverse length, L latent.  The paper's k = 1..K is the
-0-based ``timestep`` = k - 1 here; every table of the noise process is indexed by the timestep.
+What the paper has not is written from the papers that have it: rectified flow (Liu et al., arXiv 2209.03003), quantile critics
+(TQC, Kuznetsov et al., arXiv 2005.04269), layer normalisation (Ba et al., arXiv 1607.06450).
+Letters in the shape comments: B batch, S observation, p action, K reverse length, L latent, M quantiles, C candidates.  The
+paper's k = 1..K is the 0-based ``timestep`` = k - 1 here; every table of the noise process is indexed by the timestep.
 """
 
 from __future__ import annotations
@@ -27,7 +29,17 @@ TIME_DIM = 32
 class Settings:
     """Everything that can be chosen, except the sizes of the networks."""
 
-    actor: str = "diffusion"  # "diffusion" | "vae" | "mlp"
+    actor: str = "diffusion"  # "diffusion" | "flow" | "vae" | "mlp"
+    critic: str = "ensemble"  # "ensemble" | "quantile"
+    n_critics: int = 2
+    n_quantiles: int = 25  # M
+    top_quantiles_to_drop_per_net: int = 2
+    layer_norm: bool = False  # of the critics
+    flow_solver: str = "euler"  # "euler" | "midpoint"
+    flow_steps: int = 5
+    target_candidates: int = 1  # C, sampled for the TD target; the one that the target critics like best counts
+    max_action_shift: float | None = None  # largest distance of an improved action from the one taken, in each dimension
+    action_gradient_start: str = "replay"  # "replay" | "policy"
     num_train_timesteps: int = 100  # K
     beta_schedule: str = "cosine"  # "cosine" | "vp" | "linear" | "ou"
     horizon: float | None = None  # T of "ou": constant beta = 1 - exp(-2T/K)
@@ -66,12 +78,24 @@ class Memory:
 # ---------------------------------------------------------------------------------------------------------------- networks
 
 
-def make_mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear-Mish-...-Linear through the given sizes, no activation at the end."""
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5), over the last dimension, then a weight and a bias for each feature."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + 1e-5) * self.weight + self.bias
+
+
+def make_mlp(sizes: Sequence[int], layer_norm: bool = False) -> nn.Sequential:
+    """Linear-(LayerNorm)-Mish-...-Linear through the given sizes, nothing after the last one."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.Mish()]
-    return nn.Sequential(*layers[:-1])
+    for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
+        layers += [nn.Linear(fan_in, fan_out), *([LayerNorm(fan_out)] if layer_norm else []), nn.Mish()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -83,15 +107,19 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Critic(nn.Module):
-    """One Q(s, a)."""
+    """One Q(s, a); with quantiles, M of them."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden: Sequence[int], n_quantiles: int | None = None, layer_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.layers = make_mlp([obs_dim + action_dim, *hidden, 1])
+        self.layers = make_mlp([obs_dim + action_dim, *hidden, n_quantiles or 1], layer_norm)
+        self.scalar = n_quantiles is None
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """(B, S), (B, p) -> (B,)"""
-        return self.layers(torch.cat([observations, actions], dim=1)).squeeze(1)
+        """(B, S), (B, p) -> (B,) or (B, M)"""
+        values: Tensor = self.layers(torch.cat([observations, actions], dim=1))
+        return values.squeeze(1) if self.scalar else values
 
 
 def time_embedding(timesteps: Tensor) -> Tensor:
@@ -205,6 +233,48 @@ class DiffusionActor(nn.Module):
         return F.mse_loss(self(signal * actions + spread * noise, timesteps, observations), noise)
 
 
+class FlowActor(nn.Module):
+    """Rectified flow: the velocity v(x_t, s, t) from noise (t = 0) to an action (t = 1); the embedding is of 100 t."""
+
+    def __init__(self, settings: Settings, obs_dim: int, action_dim: int, hidden: Sequence[int], time_hidden: int) -> None:
+        super().__init__()
+        self.solver, self.num_steps, self.action_dim = settings.flow_solver, settings.flow_steps, action_dim
+        self.time_mlp = make_mlp([TIME_DIM, time_hidden, TIME_DIM])
+        self.layers = make_mlp([action_dim + TIME_DIM + obs_dim, *hidden, action_dim])
+
+    def forward(self, x: Tensor, times: Tensor, observations: Tensor) -> Tensor:
+        """The predicted velocity: (B, p), (B,), (B, S) -> (B, p)"""
+        embedding = self.time_mlp(time_embedding(100 * times))
+        return self.layers(torch.cat([x, embedding, observations], dim=1))
+
+    def velocity(self, x: Tensor, t: float, observations: Tensor) -> Tensor:
+        """The velocity towards the predicted action, x + (1 - t) v, once that is clipped to the box: -> (B, p)"""
+        end = x + (1 - t) * self(x, torch.full((len(x),), t), observations)
+        return (end.clamp(-1.0, 1.0) - x) / (1 - t)
+
+    def sample(self, observations: Tensor, initial_noise: Tensor | None = None) -> Tensor:
+        """Steps of Euler's or the midpoint method: (B, S), (B, p) -> (B, p)"""
+        x = torch.randn(len(observations), self.action_dim) if initial_noise is None else initial_noise
+        dt = 1 / self.num_steps
+        for step in range(self.num_steps):
+            t = step / self.num_steps
+            if self.solver == "euler":
+                x = x + dt * self.velocity(x, t, observations)
+            else:
+                middle = x + dt / 2 * self.velocity(x, t, observations)
+                x = x + dt * self.velocity(middle, t + dt / 2, observations)
+        return x.clamp(-1.0, 1.0)
+
+    def loss(self, observations: Tensor, actions: Tensor, times: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """|| v((1 - t) z + t a, s, t) - (a - z) ||^2, mean over batch and dimensions: (B, S), (B, p), (B,), (B, p) -> ()"""
+        if times is None:
+            times = torch.rand(len(actions))
+        if noise is None:
+            noise = torch.randn_like(actions)
+        x = (1 - times[:, None]) * noise + times[:, None] * actions
+        return F.mse_loss(self(x, times, observations), actions - noise)
+
+
 class VAEActor(nn.Module):
     """Ablation: a conditional variational autoencoder."""
 
@@ -274,7 +344,20 @@ class MLPActor(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- algorithm
 
 
-Actor = DiffusionActor | VAEActor | MLPActor
+Actor = DiffusionActor | FlowActor | VAEActor | MLPActor
+
+
+def quantile_huber_loss(quantiles: Tensor, targets: Tensor) -> Tensor:
+    """TQC's loss of one network, equation (11) there, kappa = 1, averaged over all pairs: (B, M), (B, N) -> ()"""
+    total = torch.zeros(())
+    count = quantiles.shape[1]
+    for m in range(count):
+        fraction = (m + 0.5) / count  # tau_m
+        difference = targets - quantiles[:, m : m + 1]  # u
+        size = difference.abs()
+        huber = torch.where(size <= 1, 0.5 * difference**2, size - 0.5)
+        total = total + ((fraction - (difference < 0).float()).abs() * huber).mean()
+    return total / count
 
 
 class NaiveDIPO:
@@ -297,13 +380,17 @@ class NaiveDIPO:
         if settings.actor == "diffusion":
             time_hidden = hidden[0] if time_hidden is None else time_hidden
             self.actor = DiffusionActor(settings, obs_dim, action_dim, hidden, time_hidden, table_dtype)
+        elif settings.actor == "flow":
+            self.actor = FlowActor(settings, obs_dim, action_dim, hidden, hidden[0] if time_hidden is None else time_hidden)
         elif settings.actor == "vae":
             self.actor = VAEActor(settings, obs_dim, action_dim, hidden)
         elif settings.actor == "mlp":
             self.actor = MLPActor(settings, obs_dim, action_dim, hidden)
         else:
             raise ValueError(f"unknown actor {settings.actor!r}")
-        self.critics = [Critic(obs_dim, action_dim, hidden) for _ in range(2)]
+        self.quantiles = settings.critic == "quantile"
+        of_critic = (hidden, settings.n_quantiles if self.quantiles else None, settings.layer_norm)
+        self.critics = [Critic(obs_dim, action_dim, *of_critic) for _ in range(settings.n_critics)]
         for net in [self.actor, *self.critics]:
             net.apply(init_weights)
             net.to(self.device)
@@ -330,7 +417,7 @@ class NaiveDIPO:
     def _sample(actor: Actor, observations: Tensor, initial_noise: Tensor | None, noise: Tensor | None) -> Tensor:
         if isinstance(actor, DiffusionActor):
             return actor.sample(observations, initial_noise, noise)
-        if isinstance(actor, VAEActor):
+        if isinstance(actor, VAEActor | FlowActor):
             return actor.sample(observations, initial_noise)
         return actor.sample(observations, noise)
 
@@ -341,6 +428,9 @@ class NaiveDIPO:
 
         critic_rows, critic_envs, actor_rows, actor_envs: (B,) indices into the memory; where missing, batch_size: int
         diffusion: initial_noise (B, p), noise (K, B, p) in order of use, timesteps (B,) 0-based, loss_noise (B, p)
+        flow: initial_noise (B, p), timesteps (B,) = t in [0, 1], loss_noise (B, p)
+        with C candidates for the target, initial_noise and noise are of C B rows: the C of the first state come first
+        action_gradient_start="policy": start_noise (B, p) = z of the flow's sample
         vae: initial_noise (B, L) = z of the target's sample, loss_noise (B, L) = reparameterisation noise
         mlp: noise (B, p) of the target's sample, loss_noise (B, p), both standard normal
         """
@@ -356,13 +446,16 @@ class NaiveDIPO:
         )
 
         rows, envs = self._minibatch(memory, draws, "actor")
-        observations = memory.observations[rows, envs]
-        if self.settings.persist_improved_actions:
-            actions = self.improve_actions(observations, memory.improved_actions[rows, envs])
+        observations, taken = memory.observations[rows, envs], memory.actions[rows, envs]
+        if self.settings.action_gradient_start == "policy":
+            start = self.act(observations, draws.get("start_noise"))
+            actions = self.improve_actions(observations, start, taken)
+        elif self.settings.persist_improved_actions:
+            actions = self.improve_actions(observations, memory.improved_actions[rows, envs], taken)
             for i in range(len(rows)):  # one after the other: of equal indices the last wins
                 memory.improved_actions[rows[i], envs[i]] = actions[i]
         else:
-            actions = self.improve_actions(observations, memory.actions[rows, envs])
+            actions = self.improve_actions(observations, taken, taken)
 
         actor_loss = self.actor_step(observations, actions, draws)
         self.move_targets()
@@ -389,34 +482,66 @@ class NaiveDIPO:
         initial_noise: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> float:
-        """One gradient step of both critics towards r + gamma (1 - terminal) min_i Q'_i(s', a'), a' of the target policy."""
+        """One gradient step of all critics towards r + gamma (1 - terminal) V', a' of the target policy.
+
+        V' is min_i Q'_i(s', a'), or with quantiles all those of all Q'_i without the largest.
+        """
+        settings = self.settings
         with torch.no_grad():
-            next_actions = self._sample(self.actor_target, next_observations, initial_noise, noise)
-            next_q = torch.min(*[critic(next_observations, next_actions) for critic in self.critic_targets])
-            target = rewards + self.settings.gamma * (1 - terminals) * next_q
-        loss = torch.stack([F.mse_loss(critic(observations, actions), target) for critic in self.critics]).sum()
+            next_actions = self._target_actions(next_observations, initial_noise, noise)
+            next_q = [critic(next_observations, next_actions) for critic in self.critic_targets]
+            if self.quantiles:
+                kept = settings.n_critics * (settings.n_quantiles - settings.top_quantiles_to_drop_per_net)
+                next_values = torch.cat(next_q, dim=1).sort(dim=1).values[:, :kept]
+                target = rewards[:, None] + settings.gamma * (1 - terminals[:, None]) * next_values
+            else:
+                target = rewards + settings.gamma * (1 - terminals) * torch.stack(next_q).min(dim=0).values
+        values = [critic(observations, actions) for critic in self.critics]
+        if self.quantiles:
+            loss = torch.stack([quantile_huber_loss(each, target) for each in values]).mean()
+        else:
+            loss = torch.stack([F.mse_loss(each, target) for each in values]).sum()
         self.critic_optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._critic_parameters(self.critics), self.settings.max_grad_norm)
         self.critic_optimizer.step()
         return loss.item()
 
-    def improve_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Action gradient (15): gradient ascent of the batch's sum of min_i Q_i(s, a) by a fresh Adam: -> (B, p)"""
+    def _target_actions(self, observations: Tensor, initial_noise: Tensor | None, noise: Tensor | None) -> Tensor:
+        """The target policy's action, the best of C by the target critics: (B, S) -> (B, p)"""
+        candidates = self.settings.target_candidates
+        if candidates == 1:
+            return self._sample(self.actor_target, observations, initial_noise, noise)
+        repeated = observations.repeat_interleave(candidates, dim=0)
+        actions = self._sample(self.actor_target, repeated, initial_noise, noise)
+        best = self.objective(self.critic_targets, repeated, actions).view(-1, candidates).argmax(dim=1)
+        return actions.view(len(observations), candidates, -1)[torch.arange(len(observations)), best]
+
+    def objective(self, critics: Sequence[Critic], observations: Tensor, actions: Tensor) -> Tensor:
+        """min_i Q_i, or with quantiles the mean of all: (B, S), (B, p) -> (B,)"""
+        values = torch.stack([critic(observations, actions) for critic in critics])
+        return values.mean(dim=(0, 2)) if self.quantiles else values.min(dim=0).values
+
+    def improve_actions(self, observations: Tensor, actions: Tensor, taken: Tensor | None = None) -> Tensor:
+        """Action gradient (15): gradient ascent of the batch's sum of the objective by a fresh Adam: -> (B, p)"""
         actions = actions.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([actions], lr=self.settings.action_lr, eps=ADAM_EPS)
         for _ in range(self.settings.action_gradient_steps):
-            q = torch.min(*[critic(observations, actions) for critic in self.critics])
+            q = self.objective(self.critics, observations, actions)
             (actions.grad,) = torch.autograd.grad(-q.sum(), actions)
             nn.utils.clip_grad_norm_([actions], self.settings.action_grad_norm_ratio * self.action_dim)
             optimizer.step()
             with torch.no_grad():
+                if self.settings.max_action_shift is not None:
+                    assert taken is not None
+                    shift = actions - taken
+                    actions.copy_(taken + shift.clamp(-self.settings.max_action_shift, self.settings.max_action_shift))
                 actions.clamp_(-1.0, 1.0)
         return actions.detach()
 
     def actor_loss(self, observations: Tensor, actions: Tensor, draws: Mapping[str, Any]) -> Tensor:
         """The actor's loss on pairs (s, a): (B, S), (B, p) -> ()"""
-        if isinstance(self.actor, DiffusionActor):
+        if isinstance(self.actor, DiffusionActor | FlowActor):
             return self.actor.loss(observations, actions, draws.get("timesteps"), draws.get("loss_noise"))
         return self.actor.loss(observations, actions, draws.get("loss_noise"))
 
@@ -454,9 +579,11 @@ class NaiveDIPO:
         """Copies of the weights, each layer's weight (out, in), then its bias (out,), the layers in this order:
 
         actor, actor_target: diffusion  time MLP 1, 2; main MLP 0 .. L (input: noisy action, embedding, state)
+                             flow       as diffusion
                              vae        encoder (input: action, state); mean; log-variance; decoder (input: z, state); final
                              mlp        layers 0 .. L (input: state)
-        critic, critic_target: critic 0, layers 0 .. L (input: state, action); critic 1 likewise
+        critic, critic_target: critic 0, layers 0 .. L (input: state, action); the others likewise; with layer_norm, its
+                             weight and bias come after those of the layer before it
         """
         return {which: [w.detach().clone() for w in weights] for which, weights in self._live_parameters().items()}
 

@@ -1,15 +1,12 @@
 """
 What is computed fast on the CPU equals the plain path on the same random numbers, but for the rounding of float32: samples,
-values, gradients of every order, whole updates. Of the compiled kernels: what they refuse, and what happens without them.
-CUDA graphs have their own tests, in ``test_cuda_graphs.py``, and what a fast path leaves to the modules is in
-``test_step_aside.py``.
+values, gradients of every order, whole updates. The compiled kernel has tests of its own in ``test_kernels.py``, CUDA graphs
+have theirs in ``test_cuda_graphs.py``, and what a fast path leaves to the modules is in ``test_step_aside.py``.
 """
 
 import copy
 import io
 import pickle
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +34,6 @@ import sb3_dipo.networks
 from sb3_dipo import DIPO, DiffusionActor, Sampler, improve_actions
 from sb3_dipo.diffusion.solvers import SOLVERS
 from sb3_dipo.fast.guard import FusedGuard
-from sb3_dipo.fast.kernels import KernelError, Kernels, load_kernels
 
 FAST = [mode for mode in MODES if mode != "off"]
 fast = pytest.mark.parametrize("accelerate", FAST)
@@ -361,160 +357,6 @@ def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back(accelerate: str)
     th.testing.assert_close(model.policy.state_dict(), source.policy.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- compiled kernels
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    return load_kernels()
-
-
-def kernel_arguments() -> dict[str, Any]:
-    """A reverse process of 3 steps for 2 states, with 2 action dimensions and hidden layers of 4 and 5."""
-    generator = th.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> th.Tensor:
-        return th.randn(shape, generator=generator)
-
-    return {
-        "coefficients": normal(3, 5),
-        "constants": normal(3, 2, 4),
-        "on_action": normal(2, 4),
-        "layers": [(normal(5, 4), normal(5)), (normal(2, 5), normal(2))],
-        "initial_noise": normal(2, 2),
-        "added": normal(3, 2, 2),
-    }
-
-
-BAD_TENSORS = {
-    "float64": lambda x: x.double(),
-    "bfloat16": lambda x: x.bfloat16(),
-    "int32": lambda x: x.int(),
-    "meta": lambda x: x.to("meta"),
-    "fewer": lambda x: x[1:],
-    "wider": lambda x: th.cat([x, x], dim=-1),
-    "flat": lambda x: x.flatten()[1:],
-}
-
-
-@pytest.mark.parametrize("what", BAD_TENSORS)
-@pytest.mark.parametrize("name", ["coefficients", "constants", "on_action", "weight", "bias", "initial_noise", "added"])
-def test_the_kernel_refuses_what_it_would_read_wrongly(kernels: Kernels, name: str, what: str) -> None:
-    good = kernel_arguments()
-    expected = kernels.sample(**good)
-    assert expected.shape == (2, 2) and th.equal(kernels.sample(**kernel_arguments()), expected)
-    bad = copy.copy(good)
-    if name == "weight":
-        bad["layers"] = [(BAD_TENSORS[what](good["layers"][0][0]), good["layers"][0][1]), good["layers"][1]]
-    elif name == "bias":
-        bad["layers"] = [(good["layers"][0][0], BAD_TENSORS[what](good["layers"][0][1])), good["layers"][1]]
-    else:
-        bad[name] = BAD_TENSORS[what](good[name])
-    with pytest.raises(TypeError, match="kernel"):
-        kernels.sample(**bad)
-
-
-def test_the_kernel_takes_any_strides(kernels: Kernels) -> None:
-    good = kernel_arguments()
-    expected = kernels.sample(**good)
-    strided: Any = th.utils._pytree.tree_map(lambda x: th.stack([x, -x], dim=-1)[..., 0], good)
-    assert not strided["constants"].is_contiguous()
-    assert th.equal(kernels.sample(**strided), expected)
-    # a lazily negated view reads its numbers with the other sign
-    negated: Any = th.utils._pytree.tree_map(lambda x: th.complex(x, -x).conj().imag, good)
-    assert negated["constants"].is_neg()
-    assert th.equal(kernels.sample(**negated), expected)
-    assert th.equal(kernels.sample(**{**good, "added": None}), kernels.sample(**{**good, "added": th.zeros(3, 2, 2)}))
-
-
-def test_the_kernels_of_mish_refuse_other_types(kernels: Kernels) -> None:
-    x = th.linspace(-3, 3, 12).view(3, 4)
-    for change in (lambda x: x.double(), lambda x: x.half(), lambda x: x.long(), lambda x: x.to("meta"), lambda x: x > 0):
-        with pytest.raises(TypeError, match="kernels"):
-            kernels.mish(change(x))
-        with pytest.raises(TypeError, match="kernels"):
-            kernels.mish_backward(change(x), x)
-        with pytest.raises(TypeError, match="kernels"):
-            kernels.mish_backward(x, change(x))
-    with pytest.raises((TypeError, RuntimeError)):
-        kernels.mish_backward(th.ones(2, 4), x)
-    expected = th.nn.functional.mish(x)
-    lone = th.complex(x[2:, 3:], -x[2:, 3:]).conj().imag
-    for given, result in ((x, expected), (x.t(), expected.t()), (lone, expected[2:, 3:]), (x[:0], expected[:0])):
-        th.testing.assert_close(kernels.mish(given), result, rtol=1e-6, atol=1e-7)
-
-
-FAR = [-3e38, -1e36, -1e10, -200.0, -100.0, -88.0, -87.0, -20.0, -1e-30, 0.0, 1e-30, 19.9, 20.1, 88.0, 1e10, 3e38]
-
-
-def test_the_kernel_of_mish_is_pytorchs_everywhere(kernels: Kernels) -> None:
-    """Also where exponentials under- or overflow; what is infinite is as for PyTorch, so that nothing is hidden."""
-    x = th.tensor([*FAR, th.inf, -th.inf, th.nan])
-    th.testing.assert_close(kernels.mish(x), th.nn.functional.mish(x), rtol=1e-6, atol=1e-30, equal_nan=True)
-
-
-def test_the_slope_of_mish_is_pytorchs_everywhere(kernels: Kernels) -> None:
-    x = th.tensor(FAR)
-    slope = th.ops.aten.mish_backward(th.ones_like(x), x)
-    th.testing.assert_close(kernels.mish_backward(th.ones_like(x), x), slope, rtol=1e-6, atol=1e-7)
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Changes of the environment count at once, and are forgotten at the end."""
-    load_kernels.cache_clear()
-    with monkeypatch.context() as patch:
-        yield patch
-    load_kernels.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [("no-such-compiler", "no-such-compiler"), ("false", "false failed"), ("true", "true failed|cannot open")],
-)
-def test_a_broken_compiler(compiler: pytest.MonkeyPatch, command: str, message: str) -> None:
-    """It fails, it is not there, or it writes nothing: one warning, and everything runs as with "auto"."""
-    compiler.setenv("CXX", command)
-    with pytest.raises(KernelError, match=message):
-        load_kernels()
-    with pytest.warns(UserWarning, match=r"`accelerate='compile'`.*\"auto\"") as caught:
-        model = filled(accelerate="compile")
-        train(model, 1)
-        model.predict(np.zeros((40, OBS_DIM), np.float32))
-    assert len(caught) == 1 and caught[0].filename == __file__.replace("test_accelerate", "helpers")
-    assert model.accelerate == "compile"  # it is a request: another machine may grant it
-    auto = filled(accelerate="auto")
-    train(auto, 1)
-    assert largest_difference(model, auto) == 0
-    given = Inputs(30)
-    assert_same(computed(model, given), computed(auto, given), atol=0, rtol=0)
-
-
-def test_no_compiler_at_all(compiler: pytest.MonkeyPatch) -> None:
-    compiler.setenv("CXX", "")
-    compiler.setenv("PATH", "")
-    with pytest.raises(KernelError, match=r"no C\+\+ compiler was found: set CXX"):
-        load_kernels()
-
-
-def test_a_compiled_agent_reaches_a_machine_without_a_compiler(compiler: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Pickled, as a worker process gets it, or saved."""
-    model = filled(accelerate="compile")
-    observations = np.random.default_rng(0).normal(size=(8, OBS_DIM)).astype(np.float32)
-    expected = model.predict(observations, deterministic=True)[0]
-    pickled = pickle.dumps(model.policy)
-    model.save(tmp_path / "model")
-    compiler.setenv("CXX", "false")
-    load_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="`accelerate='compile'`"):
-        loaded = DIPO.load(tmp_path / "model", device="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        unpickled = pickle.loads(pickled)
-    for policy in (loaded.policy, unpickled):
-        np.testing.assert_allclose(policy.predict(observations, deterministic=True)[0], expected, rtol=0, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------- bfloat16
 
 
@@ -673,5 +515,5 @@ def test_fast_paths_are_taken_where_they_should_be() -> None:
             model.critic.loss(given.observations, given.actions, given.targets).backward()
         calls[accelerate] = [event.name for event in profile.events()]
     assert calls["off"].count("aten::mish") > 20
-    assert calls["auto"].count("aten::mish") == calls["compile"].count("aten::mish") <= 2  # of the timesteps' embedding
+    assert max(calls["auto"].count("aten::mish"), calls["compile"].count("aten::mish")) <= 2  # of the timesteps' embedding
     assert "aten::sigmoid" in calls["auto"] and calls["compile"].count("aten::sigmoid") == 0

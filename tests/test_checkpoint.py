@@ -62,6 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without write-back": {"persist_improved_actions": False},
     "whole episodes": {"n_envs": 1, "train_freq": (1, "episode"), "gradient_steps": -1},
     "vae": {"policy_kwargs": {"actor": "vae", "net_arch": [8], "latent_dim": 2}},
+    "flow": {"policy_kwargs": {"actor": "flow", "net_arch": [8], "num_candidates": 2}},
+    "quantiles": {"policy_kwargs": {"critic": "quantile", "layer_norm": True, "net_arch": [8], "num_train_timesteps": 3}},
+    "climb from the policy": {"action_gradient_start": "policy"},
 }
 
 

@@ -27,6 +27,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddpm": ("(2,)", {}, {}),
     "dpmpp_2m": ("(2, 3)", {"beta_schedule": "vp"}, {"solver": "dpmpp_2m", "num_inference_steps": 3}),
     "ddim": ("(2,)", {"features_extractor_class": LinearExtractor, "share_features_extractor": True}, {"solver": "ddim"}),
+    "flow": ("(2, 3)", {"actor": "flow"}, {}),
+    "flow, midpoint": ("(2,)", {"actor": "flow", "critic": "quantile"}, {"solver": "midpoint", "num_inference_steps": 2}),
     "vae": ("(2, 3)", {"actor": "vae"}, {}),
     "mlp": ("(2,)", {"actor": "mlp"}, {}),
 }
@@ -130,4 +132,10 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(DIPO, "predict", other_predict)
     with pytest.raises(SystemExit, match="more than 1e-05 of"):
+        run_example(monkeypatch, str(tmp_path / "agent.zip"), "--folder", str(tmp_path))
+
+
+def test_several_candidates_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_dipo(policy_kwargs={"num_candidates": 2}).save(tmp_path / "agent.zip")
+    with pytest.raises(SystemExit, match=r"set_sampler\('evaluation', num_candidates=1\), not 2"):
         run_example(monkeypatch, str(tmp_path / "agent.zip"), "--folder", str(tmp_path))

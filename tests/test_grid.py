@@ -168,7 +168,7 @@ def test_ablations_train_their_base_once(whole: Path, scripts: Scripts, tmp_path
     shutil.copytree(whole / TASK / "dipo" / "seed0", here / TASK / "dipo" / "seed0")
     bases = {path: path.stat().st_mtime_ns for path in here.rglob("*.zip")}
     undisturbed = curves(whole).query("algorithm == 'dipo' and seed == 0").reset_index(drop=True)
-    for study, others in (("generator", {"dipo_vae", "dipo_mlp"}), ("write-back", {"dipo_no_write_back"})):
+    for study, others in (("generator", {"dipo_flow", "dipo_vae", "dipo_mlp"}), ("write-back", {"dipo_no_write_back"})):
         scripts.run(ABLATIONS, study, *QUICK, "--seeds", "0", "--out", "here", cwd=tmp_path)
         assert set(curves(here / study).algorithm) == {"dipo", *others}
         assert {path.name for path in (here / study).iterdir()} >= FILES
@@ -180,7 +180,7 @@ def test_ablations_train_their_base_once(whole: Path, scripts: Scripts, tmp_path
     assert {path.name for path in here.iterdir()} - {"warnings.log"} == {TASK, "generator", "write-back"}
     saved = {path.parts[-3]: json.loads(path.read_text()) for path in here.glob("*/*/seed0/spec.json")}
     actors = {name: spec["run"]["settings"]["policy_kwargs"].get("actor") for name, spec in saved.items()}
-    assert actors == dict(dipo=None, dipo_vae="vae", dipo_mlp="mlp", dipo_no_write_back=None)
+    assert actors == dict(dipo=None, dipo_flow="flow", dipo_vae="vae", dipo_mlp="mlp", dipo_no_write_back=None)
 
 
 @pytest.mark.slow
@@ -308,8 +308,13 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
     assert set(ablations.vary("dipo", grid.VARIANTS["dipo"], "length")) == {"dipo", "dipo_k100", "dipo_k50"}
     assert set(ablations.vary("paper", grid.VARIANTS["dipo_paper"], "length")) == {"paper", "paper_k50", "paper_k20"}
     generators = ablations.vary("few", few, "generator")
-    assert generators["few_vae"].settings == {**few.settings, "policy_kwargs": {"actor": "vae"}}
-    assert generators["few_mlp"].settings == {**few.settings, "policy_kwargs": {"actor": "mlp"}}
+    for actor in ("flow", "vae", "mlp"):
+        assert generators[f"few_{actor}"].settings == {**few.settings, "policy_kwargs": {"actor": actor}}
+    critic = {"critic": "quantile", "n_quantiles": 5, "net_arch": [8]}
+    flow = grid.Variant("dipo", {"policy_kwargs": {**critic, "actor": "flow", "solver": "midpoint"}})
+    others = ablations.vary("mine", flow, "generator")
+    assert list(others) == ["mine", "mine_diffusion", "mine_vae", "mine_mlp"] and others["mine"].settings == flow.settings
+    assert others["mine_vae"].settings["policy_kwargs"] == {**critic, "actor": "vae"}
     (_, none) = ablations.vary("few", few, "write-back").values()
     assert none.settings == {**few.settings, "persist_improved_actions": False}
     assert none.label.startswith("none")

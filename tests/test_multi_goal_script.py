@@ -100,9 +100,14 @@ def test_agents_have_the_settings_that_the_figures_were_made_with(
     assert changed.pop("dipo-10,000-random").keys() == {"learning_starts", "n_timesteps", "buffer_size"}
     assert json.loads(json.dumps(changed)) == {
         "dipo-no-write-back": {"persist_improved_actions": False},
-        "dipo-long-steps": {"policy_kwargs": {"num_train_timesteps": 20}, "action_lr": 0.12, "action_gradient_steps": 5},
+        "dipo-long-steps": {"action_lr": 0.12, "action_gradient_steps": 5},
         "dipo-noise-0.5": {"noise_type": "normal", "noise_std": 0.5},
         "dipo-noise-1": {"noise_type": "normal", "noise_std": 1.0},
+        "dipo-flow": {"policy_kwargs": {"actor": "flow"}},
+        "dipo-flow-quantile": {"policy_kwargs": {"actor": "flow", "critic": "quantile", "layer_norm": True}},
+        "dipo-candidates": {
+            "policy_kwargs": {"num_train_timesteps": 20, "samplers": {"behaviour": {"num_candidates": 4}}},
+        },
     }
 
 

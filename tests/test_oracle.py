@@ -19,7 +19,9 @@ ROWS = 40
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     """Sizes and settings of an agent, such that every clipping binds for some and not for others."""
-    actor = draw(st.sampled_from(["diffusion", "diffusion", "vae", "mlp"]))
+    actor = draw(st.sampled_from(["diffusion", "diffusion", "flow", "flow", "vae", "mlp"]))
+    n_quantiles = draw(st.integers(1, 6))
+    start = draw(st.sampled_from(["replay", "replay", "policy"])) if actor == "flow" else "replay"
     beta_schedule = draw(st.sampled_from(["cosine", "vp", "linear", "ou"]))
     return {
         "obs_dim": draw(st.integers(1, 5)),
@@ -47,6 +49,16 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
             latent_dim=draw(st.integers(1, 6)),
             kl_weight=draw(st.sampled_from([0.1, 1.0])),
             noise_std=draw(st.sampled_from([0.1, 0.5])),
+            critic=draw(st.sampled_from(["ensemble", "quantile"])),
+            n_critics=draw(st.integers(1, 3)),
+            n_quantiles=n_quantiles,
+            top_quantiles_to_drop_per_net=draw(st.integers(0, n_quantiles - 1)),
+            layer_norm=draw(st.booleans()),
+            flow_solver=draw(st.sampled_from(["euler", "midpoint"])),
+            flow_steps=draw(st.integers(1, 5)),
+            target_candidates=draw(st.sampled_from([1, 1, 3])) if actor in ("diffusion", "flow") else 1,
+            max_action_shift=draw(st.sampled_from([None, 0.05])) if start == "replay" else None,
+            action_gradient_start=start,
         ),
     }
 
@@ -61,15 +73,19 @@ def make_pair(problem: dict[str, Any], accelerate: str) -> tuple[DIPO, NaiveDIPO
             "horizon": s.horizon,
             "noise_scale": s.noise_scale,
         },
+        "flow": {"solver": s.flow_solver, "num_inference_steps": s.flow_steps},
         "vae": {"latent_dim": s.latent_dim, "kl_weight": s.kl_weight},
         "mlp": {"noise_std": s.noise_std},
     }
+    of_critic: dict[str, Any] = {"critic": s.critic, "n_critics": s.n_critics, "layer_norm": s.layer_norm}
+    if s.critic == "quantile":
+        of_critic.update(n_quantiles=s.n_quantiles, top_quantiles_to_drop_per_net=s.top_quantiles_to_drop_per_net)
     agent = make_agent(
         problem["obs_dim"],
         problem["action_dim"],
         problem["n_envs"],
         accelerate=accelerate,
-        policy_kwargs={"actor": s.actor, "net_arch": problem["hidden"], **options[s.actor]},
+        policy_kwargs={"actor": s.actor, "net_arch": problem["hidden"], **options[s.actor], **of_critic},
         **{
             name: getattr(s, name)
             for name in (
@@ -82,9 +98,12 @@ def make_pair(problem: dict[str, Any], accelerate: str) -> tuple[DIPO, NaiveDIPO
                 "action_grad_norm_ratio",
                 "max_grad_norm",
                 "actor_target_update_interval",
+                "max_action_shift",
+                "action_gradient_start",
             )
         },
     )
+    agent.policy.set_sampler("target", num_candidates=s.target_candidates)
     precision = th.float64 if s.beta_schedule == "ou" else th.float32
     naive = NaiveDIPO(s, problem["obs_dim"], problem["action_dim"], problem["hidden"], table_dtype=precision)
     generator = th.Generator().manual_seed(problem["seed"])
@@ -95,23 +114,26 @@ def make_pair(problem: dict[str, Any], accelerate: str) -> tuple[DIPO, NaiveDIPO
     return agent, naive
 
 
-def draw_noise(problem: dict[str, Any], generator: th.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The draws of one update: those of the target policy's sampling, and those of the loss."""
+def draw_noise(problem: dict[str, Any], generator: th.Generator) -> dict[str, dict[str, th.Tensor]]:
+    """The draws of one update: of the target policy's sampling, of the loss, and of the start of the climb."""
     s: Settings = problem["settings"]
     batch, p = problem["batch_size"], problem["action_dim"]
+    candidates = batch * s.target_candidates
 
     def normal(*shape: int) -> th.Tensor:
         return th.randn(shape, generator=generator)
 
     if s.actor == "vae":
-        return {"initial_noise": normal(batch, s.latent_dim)}, {"noise": normal(batch, s.latent_dim)}
+        return {"sample": {"initial_noise": normal(batch, s.latent_dim)}, "loss": {"noise": normal(batch, s.latent_dim)}}
     if s.actor == "mlp":
-        return {"noise": normal(batch, p)}, {"noise": normal(batch, p)}
+        return {"sample": {"noise": normal(batch, p)}, "loss": {"noise": normal(batch, p)}}
+    if s.actor == "flow":
+        of_loss = {"timesteps": th.rand(batch, generator=generator), "noise": normal(batch, p)}
+        of_sample = {"initial_noise": normal(candidates, p)}
+        return {"sample": of_sample, "loss": of_loss, "start": {"initial_noise": normal(batch, p)}}
     timesteps = th.randint(s.num_train_timesteps, (batch,), generator=generator)
-    return (
-        {"initial_noise": normal(batch, p), "noise": normal(s.num_train_timesteps, batch, p)},
-        {"timesteps": timesteps, "noise": normal(batch, p)},
-    )
+    of_sample = {"initial_noise": normal(candidates, p), "noise": normal(s.num_train_timesteps, candidates, p)}
+    return {"sample": of_sample, "loss": {"timesteps": timesteps, "noise": normal(batch, p)}}
 
 
 def draw_places(batch: int, n_envs: int, generator: np.random.RandomState) -> tuple[th.Tensor, th.Tensor]:
@@ -139,18 +161,19 @@ def test_whole_updates_agree_with_the_oracle(accelerate: str, problem: dict[str,
 
     updates = 2 * problem["settings"].actor_target_update_interval + 1
     noises = [draw_noise(problem, generator) for _ in range(updates)]
-    give_noise(agent, [of_sample for of_sample, _ in noises], [of_loss for _, of_loss in noises])
+    give_noise(agent, *([noise.get(use, {}) for noise in noises] for use in ("sample", "loss", "start")))
     seed = problem["seed"] % 2**32
     np.random.seed(seed)
     places = np.random.RandomState(seed)
     start = naive.flat_parameters()
     persist = problem["persist"][:updates]
-    for (of_sample, of_loss), agent.persist_improved_actions in zip(noises, persist, strict=True):
+    for noise, agent.persist_improved_actions in zip(noises, persist, strict=True):
         naive.settings = replace(naive.settings, persist_improved_actions=agent.persist_improved_actions)
         agent.train(gradient_steps=1, batch_size=batch)
         critic_rows, critic_envs = draw_places(batch, n_envs, places)
         actor_rows, actor_envs = draw_places(batch, n_envs, places)
-        draws = {**of_sample, "timesteps": of_loss.get("timesteps"), "loss_noise": of_loss["noise"]}
+        draws = {**noise["sample"], "timesteps": noise["loss"].get("timesteps"), "loss_noise": noise["loss"]["noise"]}
+        draws["start_noise"] = noise.get("start", {}).get("initial_noise")
         draws.update(critic_rows=critic_rows, critic_envs=critic_envs, actor_rows=actor_rows, actor_envs=actor_envs)
         losses = naive.update(memory, draws)
 
@@ -160,16 +183,18 @@ def test_whole_updates_agree_with_the_oracle(accelerate: str, problem: dict[str,
 
     assert agent.replay_buffer is not None
     improved = agent.replay_buffer.improved_actions[:ROWS]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(improved, memory.improved_actions.numpy(), rtol=0, atol=2e-4)
+    # Adam divides by the size of the gradient: where that is small, rounding moves an action by more than rounding
+    np.testing.assert_allclose(improved, memory.improved_actions.numpy(), rtol=0, atol=2e-3)
     np.testing.assert_array_equal(agent.replay_buffer.actions[:ROWS], arrays["actions"])
-    assert any(persist) or not (improved != arrays["actions"]).any()
+    written = any(persist) and problem["settings"].action_gradient_start == "replay"
+    assert written or not (improved != arrays["actions"]).any()
     for name, weights in naive.flat_parameters().items():
         assert displacement_error(networks(agent)[name], start[name], weights) < 1e-3, name
 
 
 @pytest.mark.parametrize("accelerate", MODES)
 @pytest.mark.parametrize("batch_size", [5, 30])
-@pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
+@pytest.mark.parametrize("actor", ["diffusion", "flow", "vae", "mlp"])
 def test_acting_agrees_with_the_oracle(actor: str, batch_size: int, accelerate: str) -> None:
     """With NumPy's and PyTorch's states alike, ``predict`` plays what the oracle plays."""
     problem: dict[str, Any] = {

@@ -42,6 +42,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 import sb3_dipo
 import sb3_dipo.zoo.__main__
 from sb3_dipo import DIPO, RECOMMENDED, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo.diffusion.solvers import FLOW_SOLVERS
 from sb3_dipo.zoo import MODULES, convert_dipo_params, register, sample_dipo_params
 
 # Nothing new where the start-up file has done it; where that is switched off, the tests run all the same
@@ -395,6 +396,13 @@ LOWEST: dict[str, Any] = {
     "action_gradient_steps": 1,
     "action_grad_norm_ratio": 0.03,
     "persist_improved_actions": True,
+    "bound_shift": True,
+    "max_action_shift": 0.05,
+    "behaviour_candidates": 1,
+    "layer_norm": False,
+    "n_quantiles": 5,
+    "top_quantiles_to_drop_per_net": 0,
+    "flow_steps": 1,
     "num_train_timesteps": 5,
     "inference_fraction": 0.2,
     "eta": 0.0,
@@ -412,6 +420,13 @@ HIGHEST: dict[str, Any] = {
     "action_gradient_steps": 40,
     "action_grad_norm_ratio": 1.0,
     "persist_improved_actions": False,
+    "bound_shift": True,
+    "max_action_shift": 1.0,
+    "behaviour_candidates": 8,
+    "layer_norm": True,
+    "n_quantiles": 50,
+    "top_quantiles_to_drop_per_net": 4,
+    "flow_steps": 10,
     "num_train_timesteps": 100,
     "inference_fraction": 1.0,
     "eta": 1.0,
@@ -420,6 +435,7 @@ HIGHEST: dict[str, Any] = {
 }
 SOLVERS = [(schedule, solver) for schedule in ("cosine", "vp", "linear", "ou") for solver in ("ddpm", "ddim", "dpmpp_2m")]
 SOLVERS.append(("ou", "exponential_integrator"))
+CHOICES = {"action_gradient_start": "replay", "actor": "diffusion", "critic": "ensemble"}
 
 
 def build(hyperparams: dict[str, Any], her: bool = False) -> DIPO:
@@ -452,7 +468,7 @@ def check(trial: Any, her: bool) -> dict[str, Any]:
 def test_each_suggestion_can_be_built(her: bool) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     sampled: dict[str, set[Any]] = {}
-    for _ in range(40 if her else 100):
+    for _ in range(100):
         trial = study.ask()
         hyperparams = check(trial, her)
         policy_kwargs = hyperparams["policy_kwargs"]
@@ -460,22 +476,30 @@ def test_each_suggestion_can_be_built(her: bool) -> None:
         for name, value in flat.items():
             sampled.setdefault(name, set()).add(str(value))
 
+        assert hyperparams["gradient_steps"] == hyperparams["train_freq"]
+        assert trial.user_attrs["gamma"] == hyperparams["gamma"] < 1
+        assert trial.user_attrs["batch_size"] == hyperparams["batch_size"]
         solver = policy_kwargs["solver"]
+        assert hyperparams["action_gradient_start"] == "replay" or "max_action_shift" not in hyperparams
+        assert ("n_quantiles" in policy_kwargs) == (policy_kwargs["critic"] == "quantile")
+        assert policy_kwargs["samplers"]["behaviour"]["num_candidates"] == trial.params["behaviour_candidates"]
+        if policy_kwargs["actor"] == "flow":
+            assert solver in FLOW_SOLVERS and "beta_schedule" not in policy_kwargs
+            assert policy_kwargs["num_inference_steps"] == trial.params["flow_steps"]
+            continue
         assert ("eta" in policy_kwargs) == (solver == "ddim")
         assert ("num_inference_steps" in policy_kwargs) == (solver != "exponential_integrator")
         assert solver != "exponential_integrator" or policy_kwargs["beta_schedule"] == "ou"
         assert 1 <= policy_kwargs.get("num_inference_steps", 1) <= policy_kwargs["num_train_timesteps"]
-        assert hyperparams["gradient_steps"] == hyperparams["train_freq"]
-        assert trial.user_attrs["gamma"] == hyperparams["gamma"] < 1
-        assert trial.user_attrs["batch_size"] == hyperparams["batch_size"]
     named = (
         "learning_rate batch_size gamma tau train_freq net_arch num_train_timesteps beta_schedule solver eta "
-        "num_inference_steps action_lr action_gradient_steps action_grad_norm_ratio persist_improved_actions"
+        "num_inference_steps action_lr action_gradient_steps action_grad_norm_ratio persist_improved_actions "
+        "action_gradient_start max_action_shift actor samplers critic layer_norm n_quantiles top_quantiles_to_drop_per_net"
     )
     named += " n_sampled_goal goal_selection_strategy" if her else ""
     assert [name for name in named.split() if len(sampled.get(name, ())) < 2] == []
     assert sampled["beta_schedule"] == {schedule for schedule, _ in SOLVERS}
-    assert sampled["solver"] == {solver for _, solver in SOLVERS}
+    assert sampled["solver"] == {*(solver for _, solver in SOLVERS), *FLOW_SOLVERS}
 
 
 @pytest.mark.parametrize("her", [False, True])
@@ -483,12 +507,26 @@ def test_each_suggestion_can_be_built(her: bool) -> None:
 @pytest.mark.parametrize("beta_schedule, solver", SOLVERS)
 def test_ends_of_the_ranges_can_be_built(beta_schedule: str, solver: str, values: dict[str, Any], her: bool) -> None:
     solver_name = "ou_solver" if beta_schedule == "ou" else "solver"
-    trial = optuna.trial.FixedTrial({**values, "beta_schedule": beta_schedule, solver_name: solver})
+    trial = optuna.trial.FixedTrial({**CHOICES, **values, "beta_schedule": beta_schedule, solver_name: solver})
     hyperparams = check(trial, her)
     if solver != "exponential_integrator":
         assert hyperparams["policy_kwargs"]["num_inference_steps"] == {5: 1, 100: 100}[values["num_train_timesteps"]]
     # a value outside its range would be a warning, and so an error
-    assert set(trial.distributions) <= {*values, "beta_schedule", solver_name}
+    assert set(trial.distributions) <= {*CHOICES, *values, "beta_schedule", solver_name}
+
+
+@pytest.mark.parametrize("values", [LOWEST, HIGHEST], ids=["lowest", "highest"])
+@pytest.mark.parametrize("action_gradient_start", ["replay", "policy"])
+def test_ends_of_the_options_ranges_can_be_built(action_gradient_start: str, values: dict[str, Any]) -> None:
+    choices = {"action_gradient_start": action_gradient_start, "actor": "flow", "critic": "quantile"}
+    for flow_solver in FLOW_SOLVERS:
+        trial = optuna.trial.FixedTrial({**values, **choices, "flow_solver": flow_solver})
+        hyperparams = check(trial, False)
+        assert hyperparams.get("max_action_shift") == (
+            values["max_action_shift"] if action_gradient_start == "replay" else None
+        )
+        for name in ("n_quantiles", "top_quantiles_to_drop_per_net", "layer_norm"):
+            assert hyperparams["policy_kwargs"][name] == values[name]
 
 
 STUDY = ("-optimize", "--storage", "study.log", "--study-name", "s", "--sampler", "random", "--no-optim-plots")
@@ -503,7 +541,8 @@ def load_study() -> optuna.Study:
 def tuned_settings(model: DIPO) -> dict[str, Any]:
     """What tuning has set."""
     names = "batch_size gamma tau train_freq gradient_steps action_lr action_gradient_steps action_grad_norm_ratio"
-    values = {name: getattr(model, name) for name in f"{names} persist_improved_actions policy_kwargs samplers".split()}
+    names += " persist_improved_actions max_action_shift action_gradient_start policy_kwargs samplers"
+    values = {name: getattr(model, name) for name in names.split()}
     return {**values, "learning_rate": model.lr_schedule(1.0)}
 
 

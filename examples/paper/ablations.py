@@ -1,6 +1,6 @@
 """What does each part of DIPO do? Its generator, the length of its diffusion, and the write-back of improved actions.
 
-    python examples/paper/ablations.py generator --envs HalfCheetah-v5     # diffusion, VAE, MLP: Figures 9 and 20
+    python examples/paper/ablations.py generator --envs HalfCheetah-v5     # diffusion, flow, VAE, MLP: Figures 9, 20
     python examples/paper/ablations.py length                              # K = 20, 50, 100: Figure 10, Table 1
     python examples/paper/ablations.py write-back --base dipo_paper        # the paper's Algorithm 3, or the authors' code
 
@@ -15,6 +15,9 @@ from grid import VARIANTS, Variant, choose, parse
 from grid_report import QUICK, compare, comparison_arguments
 
 from sb3_dipo import RECOMMENDED
+from sb3_dipo.actors import ACTORS
+
+OF_GENERATORS = {"actor", "samplers"}.union(*(actor.options for actor in ACTORS.values()))  # the others' make no sense to one
 
 
 def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
@@ -25,10 +28,12 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
         return replace(base, label=label, settings=base.settings | given | settings)
 
     own: dict[str, Any] = base.settings.get("policy_kwargs", {})
-    nets = {key: value for key, value in own.items() if key in ("net_arch", "n_critics", "activation_fn")}
-    if study == "generator":  # the others have no process to set
-        others = dict(vae=variant("VAE", {**nets, "actor": "vae"}), mlp=variant("MLP", {**nets, "actor": "mlp"}))
-        mine = "diffusion"
+    if study == "generator":
+        shared = {key: value for key, value in own.items() if key not in OF_GENERATORS}
+        actor = own.get("actor", "diffusion")
+        labels = dict(diffusion="diffusion", flow="flow", vae="VAE", mlp="MLP")
+        mine = labels.pop(actor)
+        others = {each: variant(label, {**shared, "actor": each}) for each, label in labels.items()}
     elif study == "length":
         usual = 100 if base.file == "dipo_paper.yml" else RECOMMENDED["policy_kwargs"]["num_train_timesteps"]
         length = own.get("num_train_timesteps", usual)
@@ -36,10 +41,10 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
         others = {f"k{each}": variant(f"K = {each}", {**own, "num_train_timesteps": each}) for each in lengths}
         mine = f"K = {length}"
     else:
-        labels = {True: "write-back (Algorithm 3)", False: "none (released code)"}
+        both = {True: "write-back (Algorithm 3)", False: "none (released code)"}
         back = base.settings.get("persist_improved_actions", True)
-        others = {"no_write_back" if back else "write_back": variant(labels[not back], persist_improved_actions=not back)}
-        mine = labels[back]
+        others = {"no_write_back" if back else "write_back": variant(both[not back], persist_improved_actions=not back)}
+        mine = both[back]
     return {name: variant(mine), **{f"{name}_{each}": other for each, other in others.items()}}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch as th
 from experiments import COLORS, markdown_table, save_figure, write
-from grid import VARIANTS, Run, Variant, arguments, check, choose, failures, make_run, parse, positive, train_or_exit
+from grid import K20, VARIANTS, Run, Variant, arguments, check, choose, failures, make_run, parse, positive, train_or_exit
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import entropy  # type: ignore[import-untyped]
@@ -29,7 +29,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_dipo import RECOMMENDED, improve_actions
+from sb3_dipo import improve_actions
 from sb3_dipo.envs.multi_goal import GOALS, LIMIT
 
 ENV = "sb3_dipo/MultiGoal-v0"
@@ -40,13 +40,18 @@ STARTS = (
     "uniform actions at the origin that are moved uphill on the agent's own Q, and the goals that they point to then."
 )
 ENDS = dict(up="#4477aa", down="#66ccee", right="#228833", left="#ccbb44", none="#dddddd")
+QUANTILE = dict(critic="quantile", layer_norm=True)
+BEST_OF_4 = dict(behaviour=dict(num_candidates=4))
 # What may make DIPO spread, or not. The entry of this task in dipo.yml is the paper's setting with K = 20.
 AGENTS = {name: VARIANTS[name] for name in ("dipo", "sac", "td3", "ppo")} | {
     "dipo-no-write-back": Variant("dipo", dict(persist_improved_actions=False), "DIPO, no write-back"),
-    "dipo-long-steps": Variant("dipo", RECOMMENDED, "DIPO, long steps"),
+    "dipo-long-steps": Variant("dipo", dict(action_lr=0.12, action_gradient_steps=5), "DIPO, long steps"),
     "dipo-noise-0.5": Variant("dipo", dict(noise_type="normal", noise_std=0.5), "DIPO, noise 0.5"),
     "dipo-noise-1": Variant("dipo", dict(noise_type="normal", noise_std=1.0), "DIPO, noise 1"),
     "dipo-10,000-random": Variant("dipo", dict(learning_starts=10_000), "DIPO, 10,000 random"),
+    "dipo-flow": Variant("dipo", dict(policy_kwargs=dict(actor="flow")), "DIPO, flow"),
+    "dipo-flow-quantile": Variant("dipo", dict(policy_kwargs=dict(actor="flow", **QUANTILE)), "DIPO, flow and quantiles"),
+    "dipo-candidates": Variant("dipo", dict(policy_kwargs=dict(**K20, samplers=BEST_OF_4)), "DIPO, best of 4"),
 }
 
 
@@ -71,14 +76,16 @@ def rollouts(model: BaseAlgorithm, start: str) -> tuple[np.ndarray, np.ndarray]:
 
 def climbs(model: BaseAlgorithm) -> np.ndarray:
     """
-    Move 400 uniform actions at the origin uphill on min_i Q_i, until they are at the top.
+    Move 400 uniform actions at the origin uphill on what DIPO's action gradient climbs, or else min_i Q_i, to the top.
 
     :return: index of the goal that each then points to, or -1 if it points between two (30 to 60 degrees), shape (400,)
     """
     critic: Any = model.policy.critic
     origin = th.zeros(ROLLOUTS, 2, device=model.device)
     start = th.rand(ROLLOUTS, 2).to(model.device) * 2 - 1
-    ends = improve_actions(lambda a: th.cat(critic(origin, a), 1).min(1, keepdim=True).values, start, 0.03, 200).cpu().numpy()
+    smallest = lambda a: th.cat(critic(origin, a), 1).min(1, keepdim=True).values  # noqa: E731
+    objective = critic.objective(origin) if hasattr(critic, "objective") else smallest
+    ends = improve_actions(objective, start, 0.03, 200).cpu().numpy()
     ways = ends / np.linalg.norm(ends, axis=1, keepdims=True) @ (GOALS.T / 5)
     return np.where(ways.max(axis=1) > np.cos(np.pi / 6), ways.argmax(axis=1), -1)
 

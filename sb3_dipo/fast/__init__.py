@@ -1,9 +1,9 @@
 """
 What only makes DIPO faster and computes the same: with ``accelerate="off"`` nothing of it is imported.
 
-``ops`` computes networks whose modules it knows, on fixed weights or with a backward pass of its own; ``kernels`` are
-compiled by the user's C++ compiler; ``guard`` takes optimizer steps in fewer calls; ``cuda_graphs`` captures whole updates;
-``device_buffer`` keeps replay data on the device.
+``ops`` computes networks whose modules ``layers`` knows, by operators of PyTorch or by the one of ``kernels``, which the
+user's C++ compiler makes from the folder ``kernel``; ``guard`` takes optimizer steps in fewer calls; ``cuda_graphs`` captures
+whole updates; ``device_buffer`` keeps replay data on the device.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from sb3_dipo.buffers import DIPOReplayBuffer
 from sb3_dipo.fast.cuda_graphs import CapturableGuard, CudaGraphs
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
 from sb3_dipo.fast.guard import FusedGuard
-from sb3_dipo.fast.kernels import KernelError, load_kernels
+from sb3_dipo.fast.kernels import KernelError, Kernels, kernels_at_hand, load_kernels
 from sb3_dipo.fast.ops import FastOps
 from sb3_dipo.guard import Guard
 from sb3_dipo.networks import PLAIN, Ops
@@ -29,10 +29,13 @@ def make_ops(device: th.device, accelerate: str, inference_dtype: str) -> Ops:
     :param device: of the networks
     :param accelerate: ``"auto"``, ``"cudagraphs"`` or ``"compile"``
     :param inference_dtype: ``"float32"`` or ``"bfloat16"``
-    :raises KernelError: for ``"compile"`` on a CPU, if the kernels cannot be compiled
+    :raises KernelError: for ``"compile"`` on a CPU, if the kernel cannot be compiled
     """
     if device.type == "cpu":
-        return FastOps(inference_dtype, load_kernels() if accelerate == "compile" else None)
+        kernels: Kernels | None = load_kernels() if accelerate == "compile" else kernels_at_hand()
+        if inference_dtype == "bfloat16":
+            kernels_at_hand(bfloat16=True)  # compiled now, and not when it is first used
+        return FastOps(inference_dtype, kernels)
     return FastOps(inference_dtype) if device.type == "cuda" else PLAIN
 
 

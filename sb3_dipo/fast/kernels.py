@@ -1,145 +1,411 @@
 """
-Kernels for the CPU that the user's C++ compiler makes from ``kernels.cpp``: Mish in one pass over memory, and the whole
-reverse process for a few states in one call.
+The kernel for the CPU, which the user's C++ compiler makes from the files in ``kernel/``: reverse process, action gradient
+and training steps of MLPs, each as one call, a tile of states at a time.
 """
 
 import ctypes
 import functools
-import itertools
+import hashlib
 import os
 import pathlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch as th
 
 from sb3_dipo.diffusion.solvers import SolverTable
+from sb3_dipo.fast.layers import Layer
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC")
-WIDE = "-mprefer-vector-width=512"  # not every compiler and processor knows it
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-std=c++17")
+SOURCE = pathlib.Path(__file__).with_name("kernel")
+
+Pointer, Number, Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class KernelError(RuntimeError):
-    """The kernels could not be compiled or loaded; the message says why."""
+    """The kernel could not be compiled or loaded; the message says why."""
+
+
+# ------------------------------------------------------------------------------------------------- compilation
 
 
 @functools.cache
-def load_kernels() -> "Kernels":
+def load_kernels(bfloat16: bool = False) -> "Kernels":
     """
-    Compile the kernels, once in a process, which takes about a second. The environment variable ``CXX`` names the compiler;
-    what it writes goes to a temporary folder that is removed at once.
+    Load the kernel, which was compiled before on this machine, or compile it, which takes some seconds. The environment
+    variable ``CXX`` names the compiler. What it makes stays in the folder ``torch_extensions`` of the user's cache, or where
+    the environment variable ``TORCH_EXTENSIONS_DIR`` says, which is also where PyTorch's own extensions are.
 
-    :raises KernelError: if there is no C++ compiler, or it fails
+    :param bfloat16: whether the products between hidden layers are of bfloat16
+    :raises KernelError: if there is no C++ compiler, or it fails, or the processor has no bfloat16
     """
     named = os.environ.get("CXX", "").split()
     compiler = named or [found for found in map(shutil.which, COMPILERS) if found][:1]
     if not compiler:
         raise KernelError(f"no C++ compiler was found: set CXX, or install one of {', '.join(COMPILERS)}")
-    source = pathlib.Path(__file__).with_name("kernels.cpp")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        library = os.path.join(folder, "kernels.so")
-        for flags in ((*FLAGS, WIDE), FLAGS):
+    command = [*compiler, *FLAGS, *(["-DBFLOAT16"] if bfloat16 else [])]
+    # the compiler's version and all that it knows of the processor
+    macros = _output_of([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    if bfloat16 and "__AVX512BF16__" not in macros:
+        raise KernelError("the processor or the compiler has no products of bfloat16")
+    texts = [path.read_text() for path in sorted(SOURCE.iterdir())]
+    name = f"kernel-{hashlib.sha256(repr((command, macros, texts)).encode()).hexdigest()[:16]}.so"
+    try:
+        return Kernels(_compiled(command, name))
+    except OSError as error:
+        raise KernelError(f"the compiled kernel could not be loaded: {error}") from error
+
+
+def _compiled(command: list[str], name: str) -> ctypes.CDLL:
+    folder = _cache_folder()
+    with suppress(OSError):  # there is none yet, or it is of no use here
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        made = os.path.join(temporary, name)
+        _output_of([*command, "-shared", "-fPIC", "-o", made, str(SOURCE / "kernel.cpp")])
+        # Renamed when it is whole: other processes, which may do the same just now, never see a part of it.
+        unfinished = folder / f".{name}.{os.getpid()}"
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                subprocess.run([*compiler, *flags, "-o", library, str(source)], check=True, capture_output=True, text=True)
-                return Kernels(ctypes.CDLL(library))
-            except subprocess.CalledProcessError as error:
-                message = error.stderr.strip()[-500:]
-            except OSError as error:
-                message = str(error)
-        raise KernelError(f"{' '.join(compiler)} failed: {message}")
+                with open(made, "rb") as source, open(unfinished, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                    target.flush()
+                    os.fsync(target.fileno())  # loading a file whose end is missing would end the process
+                unfinished.replace(folder / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            return ctypes.CDLL(str(folder / name))
+        return ctypes.CDLL(made)
+
+
+def _cache_folder() -> pathlib.Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(home, "torch_extensions")) / "sb3_dipo"
+
+
+def _output_of(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+    except subprocess.CalledProcessError as error:
+        message = error.stderr.strip()[-500:]
+    except OSError as error:
+        message = str(error)
+    raise KernelError(f"{command[0]} failed: {message}")
+
+
+@functools.cache
+def kernels_at_hand(bfloat16: bool = False) -> "Kernels | None":
+    """As :func:`load_kernels`, or None; what failed is not tried again in this process."""
+    try:
+        return load_kernels(bfloat16)
+    except KernelError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- calls
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("weight", "bias", "scale", "shift")),
+        *((name, Number) for name in ("inputs", "outputs")),
+        ("epsilon", Real),
+    ]
+
+
+class _Climb(ctypes.Structure):
+    _fields_ = [("steps", Number), *((name, Real) for name in ("rate", "max_norm", "beta1", "beta2", "epsilon"))]
 
 
 class Kernels:
     """
-    The compiled functions, for float32 tensors on the CPU; a ``TypeError`` refuses others.
+    The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be.
+    Pointers are taken anew in each call, so that tensors may move between two.
 
-    :param library: with the functions of ``kernels.cpp``
+    :param library: made from ``kernel.cpp``
     """
 
     def __init__(self, library: ctypes.CDLL):
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._mish, self._mish_backward, self._reverse = library.mish, library.mish_backward, library.reverse_process
-        self._mish.argtypes = [pointer, pointer, number]
-        self._mish_backward.argtypes = [pointer, pointer, pointer, number]
-        self._reverse.argtypes = [*[number] * 4, *[pointer] * 7, ctypes.c_int32, pointer]
-        for function in (self._mish, self._mish_backward, self._reverse):
-            function.restype = None
+        self._library = library
+        flag: Any = ctypes.c_int32
+        mlp: list[Any] = [Number, Pointer]
+        for name, result, arguments in (
+            ("use_threads", None, [Pointer]),
+            ("reverse_process", flag, [*mlp, *[Number, Pointer], *[Number] * 4, *[Pointer] * 3, flag, Number, Pointer]),
+            (
+                "action_gradient",
+                flag,
+                [Number, *mlp, flag, Pointer, *[Number] * 3, *[Pointer] * 3, Number, *[Pointer] * 3],
+            ),
+            ("mlp_kept", Number, [*mlp, Number]),
+            ("mlp_forward", flag, [*mlp, Number, Number, *[Pointer] * 3]),
+            ("mlp_backward", flag, [*mlp, Number, Number, *[Pointer] * 5]),
+            ("quantile_huber_loss", Real, [*[Number] * 4, *[Pointer] * 3]),
+        ):
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+        # PyTorch has loaded its OpenMP library for all to see; where it has another one, there is one thread
+        everything: Any = ctypes.CDLL(None)
+        fork = getattr(everything, "GOMP_parallel", None)
+        library.use_threads(None if fork is None else ctypes.cast(fork, Pointer))
 
-    def mish(self, x: th.Tensor) -> th.Tensor:
-        """As :func:`sb3_dipo.fast.ops.mish`, in one pass."""
-        x = x.resolve_neg().contiguous()
-        y = th.empty_like(x)
-        self._mish(_pointer(x), _pointer(y), x.numel())
-        return y
+    def _call(self, name: str, *arguments: Any) -> None:
+        if not getattr(self._library, name)(*arguments):
+            raise MemoryError(f"The kernel found no memory for `{name}`.")
 
-    def mish_backward(self, grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
-        """As :func:`sb3_dipo.fast.ops.mish_backward`, in one pass."""
-        grad_output, x = grad_output.expand_as(x).resolve_neg().contiguous(), x.resolve_neg().contiguous()
-        result = th.empty_like(x)
-        self._mish_backward(_pointer(grad_output), _pointer(x), _pointer(result), x.numel())
-        return result
-
-    def sample(
+    def reverse_process(
         self,
+        layers: Sequence[Layer],
         coefficients: th.Tensor,
-        constants: th.Tensor,
-        on_action: th.Tensor,
-        layers: Sequence[tuple[th.Tensor, th.Tensor]],
+        embedding: th.Tensor,
+        features: th.Tensor,
         initial_noise: th.Tensor,
-        added: th.Tensor | None,
-        clip_sample: bool = True,
+        noise: th.Tensor | None,
+        clip_sample: bool,
     ) -> th.Tensor:
         """
-        As :func:`sb3_dipo.diffusion.process.sample` with an MLP of Mish, in one call: for few states.
+        As :func:`sb3_dipo.diffusion.process.sample` with an MLP.
 
+        :param layers: of the network on [noisy action, embedding of the time, features], two or more
         :param coefficients: of a solver's table, see :func:`coefficients`
-        :param constants: what state, timestep and bias add to the first layer, (number of steps, batch_size, its width)
-        :param on_action: the action's columns of the first layer's weight, transposed, (action_dim, its width)
-        :param layers: weight (out, in) and bias (out,) of the others
+        :param embedding: of the time at each step, (number of steps, its size)
+        :param features: of the states, (batch_size, features_dim)
         :param initial_noise: a_K, (batch_size, action_dim)
-        :param added: s z, the noise added along the way, (number of steps, batch_size, action_dim); None adds none
-        :param clip_sample: clip the predicted clean actions to [-1, 1] at every step
-        :return: actions clipped to [-1, 1], (batch_size, action_dim)
+        :param noise: z in order of use, (number of steps, batch_size, action_dim), or None
+        :param clip_sample: whether to clip the predicted clean actions to [-1, 1] at every step
+        :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        if constants.dim() != 3 or initial_noise.dim() != 2:
-            raise TypeError(f"The kernel was given {constants.dim()} and {initial_noise.dim()} dimensions, not 3 and 2.")
-        actions = initial_noise.resolve_neg().clone(memory_format=th.contiguous_format)
-        steps, widths = len(constants), [constants.shape[2], *(len(weight) for weight, _ in layers)]
-        expected = [(steps, 5), (steps, len(actions), widths[0]), (actions.shape[1], widths[0])]
-        expected += [(out, width) for width, out in itertools.pairwise(widths)] + [(out,) for out in widths[1:]]
-        expected += [] if added is None else [(steps, *actions.shape)]
-        weights, biases = zip(*layers, strict=True)
-        given = [coefficients, constants, on_action, *weights, *biases, *([] if added is None else [added])]
-        given = [tensor.resolve_neg().contiguous() for tensor in given]
-        if [tensor.shape for tensor in given] != expected or widths[-1] != actions.shape[1]:
-            raise TypeError(f"The kernel was given shapes {[tuple(tensor.shape) for tensor in given]}, not {expected}.")
-        pointers, array = [_pointer(tensor) for tensor in given], ctypes.c_void_p * len(layers)
-        self._reverse(
+        actions = _copy(initial_noise)
+        (rows, action_dim), steps = _sizes(actions), len(coefficients)
+        time_dim, features_dim = _sizes(embedding)[1], _sizes(features)[1]
+        coefficients, embedding, features = _dense(coefficients), _dense(embedding), _dense(features)
+        noise = None if noise is None else _dense(noise)
+        number, array, _alive = _layers(layers, inputs=action_dim + time_dim + features_dim, outputs=action_dim)
+        self._call(
+            "reverse_process",
+            number,
+            array,
             steps,
-            *actions.shape,
-            len(layers),
-            (ctypes.c_int64 * len(widths))(*widths),
-            *pointers[:3],
-            array(*pointers[3 : 3 + len(layers)]),
-            array(*pointers[3 + len(layers) : 3 + 2 * len(layers)]),
-            None if added is None else pointers[-1],
+            _pointer(coefficients, steps, 6),
+            rows,
+            action_dim,
+            time_dim,
+            features_dim,
+            _pointer(embedding, steps, time_dim),
+            _pointer(features, rows, features_dim),
+            None if noise is None else _pointer(noise, steps, rows, action_dim),
             clip_sample,
-            _pointer(actions),
+            th.get_num_threads(),
+            _pointer(actions, rows, action_dim),
         )
         return actions
 
+    def values(self, critics: Sequence[Sequence[Layer]], features: th.Tensor, actions: th.Tensor, mean: bool) -> th.Tensor:
+        """
+        The smallest or the mean of all outputs of some MLPs.
 
-def _pointer(tensor: th.Tensor) -> int:
-    """Where a tensor's numbers are, if they are what the kernels read."""
-    if tensor.dtype != th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise TypeError(f"The kernels take dense float32 tensors on the CPU, not {tensor.dtype} on {tensor.device}.")
+        :param critics: the layers of each MLP, on [features, actions], two or more
+        :param features: of the states, (batch_size, features_dim)
+        :param actions: (batch_size, action_dim)
+        :param mean: whether it is the mean
+        :return: (batch_size, 1)
+        """
+        values = th.empty(len(actions), 1, dtype=th.float32, device="cpu")
+        self._action_gradient(critics, features, _copy(actions), mean, None, _Climb(), values)
+        return values
+
+    def improve(
+        self,
+        critics: Sequence[Sequence[Layer]],
+        features: th.Tensor,
+        actions: th.Tensor,
+        mean: bool,
+        bounds: tuple[th.Tensor, th.Tensor] | None,
+        steps: int,
+        rate: float,
+        max_norm: float,
+        betas: tuple[float, float],
+        epsilon: float,
+    ) -> th.Tensor:
+        """
+        As :func:`sb3_dipo.improve_actions` on the smallest or the mean of all outputs of some MLPs.
+
+        :param critics: as :meth:`values`
+        :param features: as :meth:`values`
+        :param actions: as :meth:`values`
+        :param mean: as :meth:`values`
+        :param bounds: the lowest and the highest improved action, (batch_size, action_dim); None is -1 and 1
+        :param steps: number of steps
+        :param rate: step size of Adam
+        :param max_norm: largest joint norm of a gradient
+        :param betas: of Adam
+        :param epsilon: of Adam
+        :return: improved actions, (batch_size, action_dim)
+        """
+        improved = _copy(actions)
+        bounds = None if bounds is None else (_dense(bounds[0]), _dense(bounds[1]))
+        self._action_gradient(critics, features, improved, mean, bounds, _Climb(steps, rate, max_norm, *betas, epsilon), None)
+        return improved
+
+    def _action_gradient(
+        self,
+        critics: Sequence[Sequence[Layer]],
+        features: th.Tensor,
+        actions: th.Tensor,
+        mean: bool,
+        bounds: tuple[th.Tensor, th.Tensor] | None,
+        climb: _Climb,
+        values: th.Tensor | None,
+    ) -> None:
+        (rows, action_dim), features_dim, features = _sizes(actions), _sizes(features)[1], _dense(features)
+        outputs = None if mean else 1
+        number, array, _alive = _layers(*critics, inputs=features_dim + action_dim, outputs=outputs)
+        low, high = (None, None) if bounds is None else (_pointer(each, rows, action_dim) for each in bounds)
+        self._call(
+            "action_gradient",
+            len(critics),
+            number,
+            array,
+            mean,
+            ctypes.byref(climb),
+            rows,
+            features_dim,
+            action_dim,
+            _pointer(features, rows, features_dim),
+            low,
+            high,
+            th.get_num_threads(),
+            _pointer(actions, rows, action_dim),
+            None,
+            None if values is None else _pointer(values, rows, 1),
+        )
+
+    def forward(self, layers: Sequence[Layer], x: th.Tensor, keep: bool = False) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        The output of an MLP.
+
+        :param layers: two or more
+        :param x: its input, (batch_size, in)
+        :param keep: whether :meth:`backward` will be called
+        :return: (batch_size, out), and what that needs, or None
+        """
+        x, (rows, inputs) = _dense(x), _sizes(x)
+        number, array, _alive = _layers(layers, inputs=inputs)
+        y = x.new_empty(rows, len(layers[-1].weight))
+        kept = x.new_empty(self._library.mlp_kept(number, array, rows)) if keep else None
+        places = _pointer(x, rows, inputs), None if kept is None else _pointer(kept, kept.numel()), _pointer(y, *y.shape)
+        self._call("mlp_forward", number, array, rows, th.get_num_threads(), *places)
+        return y, kept
+
+    def backward(
+        self, layers: Sequence[Layer], x: th.Tensor, kept: th.Tensor, of_y: th.Tensor, of_x: bool, needed: Sequence[bool]
+    ) -> list[th.Tensor | None]:
+        """
+        The gradients of an MLP.
+
+        :param layers: as given to :meth:`forward`
+        :param x: as given to it
+        :param kept: as returned by it
+        :param of_y: the gradient at the output, (batch_size, out)
+        :param of_x: whether that at the input is needed
+        :param needed: whether those of the parameters are: of each layer's weight and bias, and, where it has a LayerNorm,
+            of its weight and bias
+        :return: the gradients at the input and the parameters, None where they are not needed
+        """
+        x, of_y, (rows, inputs) = _dense(x), _dense(of_y), _sizes(x)
+        number, array, _alive = _layers(layers, inputs=inputs)
+        wanted = iter(needed)
+        gradients: list[th.Tensor | None] = []
+        pointers = (Pointer * (4 * number))()
+        for i, layer in enumerate(layers):
+            for j, each in enumerate(layer.parameters()):
+                gradient = th.empty_like(each, memory_format=th.contiguous_format) if next(wanted) else None
+                gradients.append(gradient)
+                pointers[4 * i + j] = None if gradient is None else _pointer(gradient, *each.shape)
+        at_x = th.empty_like(x) if of_x else None
+        self._call(
+            "mlp_backward",
+            number,
+            array,
+            rows,
+            th.get_num_threads(),
+            _pointer(x, rows, inputs),
+            _pointer(kept, self._library.mlp_kept(number, array, rows)),
+            _pointer(of_y, rows, len(layers[-1].weight)),
+            pointers,
+            None if at_x is None else _pointer(at_x, rows, inputs),
+        )
+        return [at_x, *gradients]
+
+    def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        As :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`, and its gradient.
+
+        :param quantiles: (batch_size, n_critics, n_quantiles)
+        :param targets: (batch_size, number of target quantiles)
+        :return: the loss, a scalar, and the gradient at the quantiles, of their shape
+        """
+        quantiles, targets = _dense(quantiles), _dense(targets)
+        slopes = th.empty_like(quantiles)
+        sizes = (*_sizes(quantiles, 3), _sizes(targets)[1])
+        places = _pointer(quantiles, *sizes[:3]), _pointer(targets, sizes[0], sizes[3]), _pointer(slopes, *sizes[:3])
+        loss = self._library.quantile_huber_loss(*sizes, *places)
+        return th.tensor(loss, dtype=th.float32, device="cpu"), slopes
+
+
+def _dense(tensor: th.Tensor) -> th.Tensor:
+    return tensor.resolve_neg().contiguous()
+
+
+def _copy(tensor: th.Tensor) -> th.Tensor:
+    return tensor.detach().resolve_neg().clone(memory_format=th.contiguous_format)
+
+
+def _sizes(tensor: th.Tensor, dimensions: int = 2) -> tuple[int, ...]:
+    if tensor.dim() != dimensions or 0 in tensor.shape:
+        raise TypeError(
+            f"The kernel takes tensors of {dimensions} dimensions here, none of them 0, not {tuple(tensor.shape)}."
+        )
+    return tuple(tensor.shape)
+
+
+def _pointer(tensor: th.Tensor, *shape: int) -> int:
+    """Where a tensor's numbers are, if they are what the kernel reads."""
+    wrong = tensor.dtype != th.float32 or tensor.device.type != "cpu" or tensor.shape != shape
+    if wrong or not tensor.is_contiguous() or tensor.is_neg():
+        raise TypeError(
+            f"The kernel takes float32 tensors on the CPU, here of shape {shape}, not {tensor.dtype} on {tensor.device} of "
+            f"shape {tuple(tensor.shape)} and strides {tensor.stride()}."
+        )
     return tensor.data_ptr()
 
 
+def _layers(*mlps: Sequence[Layer], inputs: int, outputs: int | None = None) -> tuple[int, Any, list[th.Tensor]]:
+    """How many layers each MLP has, where those of all are, and what must live until the call is over."""
+    number = len(mlps[0])
+    if number < 2 or any(len(mlp) != number for mlp in mlps):
+        raise TypeError(f"The kernel takes MLPs of two or more layers, all of as many, not of {[len(mlp) for mlp in mlps]}.")
+    array, alive = (_Layer * (number * len(mlps)))(), []
+    for i, mlp in enumerate(mlps):
+        width = inputs
+        for j, layer in enumerate(mlp):
+            parameters = [_dense(each) for each in layer.parameters()]
+            alive += parameters
+            before, width = width, _sizes(parameters[0])[0]
+            pointers = [_pointer(parameters[0], width, before), *(_pointer(each, width) for each in parameters[1:])]
+            array[i * number + j] = _Layer(*pointers, *[None] * (4 - len(pointers)), before, width, layer.eps)
+        if outputs not in (None, width):
+            raise TypeError(f"The kernel needs an MLP of {outputs} outputs, not {width}.")
+    return number, array, alive
+
+
 def coefficients(table: SolverTable) -> th.Tensor:
-    """What :meth:`Kernels.sample` reads of a solver's table: 1 / alpha_t, sigma_t / alpha_t, a, b, c; (number of steps, 5)."""
-    rows = [[1 / step.alpha_t, step.sigma_t / step.alpha_t, step.a, step.b, step.c] for step in table.steps]
+    """What the kernel reads of a solver's table: 1 / alpha_t, sigma_t / alpha_t, a, b, c, s; (number of steps, 6)."""
+    rows = [[1 / step.alpha_t, step.sigma_t / step.alpha_t, *step[2:]] for step in table.steps]
     return th.tensor(rows, dtype=th.float32, device="cpu")

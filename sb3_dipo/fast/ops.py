@@ -1,13 +1,14 @@
 """
-How actors and critics compute in less time: the products and Mish of MLPs whose every module is known.
+How actors and critics compute in less time: MLPs whose every module is known.
 
-The first layer's part that does not change along a reverse process or an action gradient is computed once; products go to
+On a CPU with a C++ compiler the kernel computes them, see :mod:`sb3_dipo.fast.kernels`. Elsewhere operators of PyTorch do: the
+first layer's part that does not change along a reverse process or an action gradient is computed once; products go to
 the fastest library that PyTorch has; Mish is computed from one exponential; gradients are computed by hand. What is not
 known, or is asked for in a way that is not, is computed by :class:`~sb3_dipo.networks.Ops`, which calls the modules.
 """
 
-import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,126 +16,21 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_dipo.action_gradient import ADAM_BETAS, ADAM_EPS
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
-from sb3_dipo.fast.kernels import KernelError, Kernels, coefficients, load_kernels
+from sb3_dipo.fast.kernels import Kernels, coefficients, kernels_at_hand
+from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers
 from sb3_dipo.fast.trees import map_tensors
-from sb3_dipo.networks import NoisePredictionNetwork, Ops, average, smallest
+from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest
 
 Function = Callable[[th.Tensor], th.Tensor]
 
-
-class Layer(NamedTuple):
-    """A linear layer, weight (out, in) and bias (out,), and the LayerNorm after it, if there is one."""
-
-    weight: th.Tensor
-    bias: th.Tensor
-    norm: nn.LayerNorm | None = None
-
-    def normalise(self, x: th.Tensor) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
-        """The output of the LayerNorm, and what its backward pass needs beside it."""
-        if self.norm is None:
-            return x, ()
-        y, mean, deviation = th.native_layer_norm(
-            x, self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach(), self.norm.eps
-        )
-        return y, (x, mean, deviation)
-
-    def normalise_backward(
-        self, gradient: th.Tensor, kept: tuple[th.Tensor, ...], needed: Sequence[bool] = (True, False, False)
-    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Gradients at the input, the weight and the bias of the LayerNorm, as far as they are needed."""
-        if self.norm is None:
-            return gradient, None, None
-        x, mean, deviation = kept
-        shape, weight, bias = self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach()
-        found: Any = th.ops.aten.native_layer_norm_backward(gradient, x, shape, mean, deviation, weight, bias, list(needed))
-        return found
-
-
 FEW_ROWS = 16  # of a batch: below, an operator costs its call, and PyTorch's single ones are the fastest
-KERNEL_ROWS = 24  # up to which one compiled call beats oneDNN's products
 MANY_WEIGHTS = 2**14  # of a layer: below, oneDNN is not faster
 MANY_ELEMENTS = 2**20  # of a table that is worth making in advance
 ROWS_AT_ONCE = 32  # products of few different sizes: oneDNN compiles a kernel for each
 MAX_TABLES = 8  # whose constants are kept
-
-
-# ------------------------------------------------------------------------------------------------- what is known
-
-
-def is_ordinary(*tensors: th.Tensor) -> bool:
-    """
-    Whether operators mean what they say: tensors are dense float32 matrices of one device and at least one row, and nobody
-    traces, transforms, intercepts or casts what is computed.
-    """
-    if th.compiler.is_compiling() or th.jit.is_tracing():  # before any size is read, which would be fixed in the trace
-        return False
-    device = tensors[0].device
-    return (
-        device.type in ("cpu", "cuda")
-        and not th.is_autocast_enabled(device.type)
-        and not th._C._are_functorch_transforms_active()
-        and not th.utils._python_dispatch._get_current_dispatch_mode()
-        and th._C._len_torch_function_stack() == 0
-        and th.autograd.forward_ad._current_level < 0
-        and all(
-            type(tensor) in (th.Tensor, nn.Parameter)
-            and tensor.dtype == th.float32
-            and tensor.layout == th.strided
-            and tensor.device == device
-            and tensor.numel() > 0
-            and th._C._has_storage(tensor)  # a batch of PyTorch's vmap has none
-            for tensor in tensors
-        )
-    )
-
-
-def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module is calling its class's ``forward`` and nothing else."""
-    own = module.__dict__  # __getattr__ of modules is slow
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return type(module) is kind and not hooks and "forward" not in own
-
-
-def known_layers(mlp: nn.Module, device: th.device) -> list[Layer] | None:
-    """
-    The layers of an MLP of Linear, perhaps LayerNorm, Mish, Linear, ..., Linear; None if it is, or does, anything else.
-
-    :param mlp: such as an ``nn.Sequential``
-    :param device: where its parameters must be
-    """
-    if not is_known(mlp, nn.Sequential) or nn.modules.module._has_any_global_hook():
-        return None
-    layers: list[Layer] = []
-    previous: type | None = nn.Mish
-    for module in mlp._modules.values():
-        if module is None or not is_known(module, kind := type(module)):
-            return None
-        if kind is nn.Mish and previous in (nn.Linear, nn.LayerNorm):
-            previous = kind
-            continue
-        own: Any = [module._parameters.get("weight"), module._parameters.get("bias")]
-        if not all(_is_dense(parameter, device) for parameter in own):
-            return None
-        if kind is nn.Linear and previous is nn.Mish:
-            layers.append(Layer(*own))
-        elif isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and previous is nn.Linear and own[0].dim() == 1:
-            layers[-1] = layers[-1]._replace(norm=module)
-        else:
-            return None
-        previous = kind
-    return layers if previous is nn.Linear else None
-
-
-def _is_dense(parameter: nn.Parameter | None, device: th.device) -> bool:
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.dtype == th.float32
-        and parameter.device == device
-        and parameter.layout == th.strided
-        and parameter.is_contiguous()
-    )
 
 
 # ------------------------------------------------------------------------------------------------- Mish and products
@@ -219,7 +115,7 @@ class BoundMLP:
         self.arithmetic = arithmetic
         self.on_x = on_x.detach().t().contiguous()
         self.hidden = layers[:-1]
-        self.layers = [(weight.detach(), bias.detach()) for weight, bias, _ in layers[1:]]
+        self.layers = [(weight.detach(), bias.detach()) for weight, bias, *_ in layers[1:]]
         self.products = [arithmetic.linear(*layer) for layer in self.layers]
         if self.products:
             self.products[-1] = linear(*self.layers[-1])
@@ -286,7 +182,7 @@ class _MLP(th.autograd.Function):
             return None, None, *_differentiable_gradients(ctx, inputs, grad_output)
         needed = iter(ctx.needs_input_grad[2:])
         of_x = next(needed)
-        of_layers = [[next(needed) for _ in _parameters(layer)] for layer in ctx.layers]
+        of_layers = [[next(needed) for _ in layer.parameters()] for layer in ctx.layers]
         gradient, gradients = grad_output.contiguous(), list[th.Tensor | None]()
         for i in reversed(range(len(ctx.layers))):
             layer, (x, pre_activation, of_norm), wanted = ctx.layers[i], ctx.kept[i], of_layers[i]
@@ -301,8 +197,46 @@ class _MLP(th.autograd.Function):
         return None, None, gradient if of_x else None, *gradients
 
 
-def _parameters(layer: Layer) -> list[th.Tensor]:
-    return [layer.weight, layer.bias, *([layer.norm.weight, layer.norm.bias] if layer.norm else [])]
+class _KernelMLP(th.autograd.Function):
+    """As :class:`_MLP`, by the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, layers: list[Layer], x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        ctx.kernels, ctx.layers = kernels, layers
+        y, ctx.kept = kernels.forward(layers, x, keep=True)
+        ctx.save_for_backward(x, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors  # reading them raises an error if they were changed in the meantime
+        if th.is_grad_enabled() or not is_ordinary(grad_output, *inputs):
+            return None, None, *_differentiable_gradients(ctx, inputs, grad_output)
+        x, *parameters = inputs
+        own = iter(parameters)
+        layers = [layer.with_parameters(own) for layer in ctx.layers]
+        _, _, of_x, *of_parameters = ctx.needs_input_grad
+        return None, None, *ctx.kernels.backward(layers, x, ctx.kept, grad_output, of_x, of_parameters)
+
+
+class _QuantileHuberLoss(th.autograd.Function):
+    """The kernel's, which computes the gradient together with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        ctx.save_for_backward(quantiles, targets)
+        loss, ctx.slopes = kernels.quantile_huber_loss(quantiles, targets)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[Any, ...]:
+        again = th.is_grad_enabled()
+        if not again and is_ordinary(grad_output):
+            return None, ctx.slopes * grad_output, None
+        quantiles, targets = ctx.saved_tensors
+        with th.enable_grad(), th.autocast(quantiles.device.type, enabled=False):
+            loss = PLAIN.quantile_huber_loss(quantiles, targets)
+            return None, *th.autograd.grad(loss, quantiles, grad_output.to(loss.dtype), create_graph=again), None
 
 
 def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) -> Function:
@@ -314,10 +248,11 @@ def _differentiable_gradients(ctx: Any, inputs: Sequence[th.Tensor], grad_output
     with th.enable_grad(), th.autocast(inputs[0].device.type, enabled=False):
         x, *_ = inputs
         parameters = iter(inputs[1:])
-        for i, layer in enumerate(ctx.layers):
-            x = F.linear(x, next(parameters), next(parameters))
-            if layer.norm is not None:
-                x = F.layer_norm(x, layer.norm.normalized_shape, next(parameters), next(parameters), layer.norm.eps)
+        for i, each in enumerate(ctx.layers):
+            layer = each.with_parameters(parameters)
+            x = F.linear(x, layer.weight, layer.bias)
+            if layer.scale is not None:
+                x = F.layer_norm(x, layer.scale.shape, layer.scale, layer.shift, layer.eps)
             x = F.mish(x) if i < len(ctx.layers) - 1 else x
         wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
         found = iter(th.autograd.grad(x, wanted, grad_output.to(x.dtype), create_graph=again))
@@ -333,7 +268,7 @@ class FastOps(Ops):
 
     :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers, in
         :meth:`reverse_process` and the gradients of :meth:`objective`, where the batch is large enough that it pays
-    :param kernels: compiled ones, for the CPU, or None
+    :param kernels: the kernel, on a CPU, or None
     """
 
     def __init__(self, inference_dtype: str = "float32", kernels: Kernels | None = None):
@@ -346,28 +281,47 @@ class FastOps(Ops):
 
     def arithmetic(self, x: th.Tensor, rounded: bool = False) -> Arithmetic:
         """
-        How to compute with a batch.
+        How to compute with a batch by operators.
 
         :param x: the batch
         :param rounded: whether ``inference_dtype`` counts
         """
-        rows, found = len(x), SINGLE
-        if x.device.type == "cpu" and rows >= FEW_ROWS:
+        found = SINGLE
+        if x.device.type == "cpu" and len(x) >= FEW_ROWS:
             found = Arithmetic(mish, mish_backward, onednn_linear if has_onednn() else linear)
-            if self.kernels is not None:
-                found = found._replace(mish=self.kernels.mish, mish_backward=self.kernels.mish_backward)
-        if rounded and self.inference_dtype == "bfloat16" and rows > KERNEL_ROWS:
+        if rounded and self.inference_dtype == "bfloat16" and len(x) >= FEW_ROWS:
             found = found._replace(linear=functools.partial(bfloat16_linear, found.linear))
         return found
 
+    def kernels_for(self, x: th.Tensor, *mlps: Sequence[Layer], rounded: bool = False) -> Kernels | None:
+        """
+        The kernel, if it can compute these MLPs, or None.
+
+        :param x: a batch that they are called with
+        :param mlps: the layers of each
+        :param rounded: whether ``inference_dtype`` counts
+        """
+        if self.kernels is None or x.device.type != "cpu" or not all(len(mlps[0]) == len(layers) > 1 for layers in mlps):
+            return None
+        if rounded and self.inference_dtype == "bfloat16" and len(x) >= FEW_ROWS:
+            even = all(len(layer.weight) % 2 == 0 for layers in mlps for layer in layers[:-1])
+            return (kernels_at_hand(bfloat16=True) if even else None) or self.kernels
+        return self.kernels
+
     def mlp(self, layers: nn.Module, x: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
-        many = is_ordinary(x) and x.device.type == "cpu" and len(x) > KERNEL_ROWS
-        known = known_layers(layers, x.device) if many else None
+        fast = is_ordinary(x) and x.device.type == "cpu" and (self.kernels is not None or len(x) >= FEW_ROWS)
+        known = known_layers(layers, x.device) if fast else None
         if known is None or x.dim() != 2 or x.shape[1] != known[0].weight.shape[1]:
             return super().mlp(layers, x)
-        parameters = [parameter for layer in known for parameter in _parameters(layer)]
-        result: th.Tensor = _MLP.apply(self.arithmetic(x), known, x, *parameters)
+        kernels = self.kernels_for(x, known)
+        if kernels is not None and not th.is_grad_enabled():
+            return kernels.forward(known, x)[0]
+        parameters = [parameter for layer in known for parameter in layer.parameters()]
+        if kernels is not None:
+            result: th.Tensor = _KernelMLP.apply(kernels, known, x, *parameters)
+        else:
+            result = _MLP.apply(self.arithmetic(x), known, x, *parameters)
         return result
 
     def reverse_process(
@@ -387,21 +341,20 @@ class FastOps(Ops):
             fits = features.shape == (shape[0], network.splits[2]) and initial_noise.shape == shape
             if fits and (noise is None or noise.shape == (len(table.steps), *shape)):
                 layers = known_layers(network.layers, features.device)
-        if layers is None:
+        if layers is None or (layers[0].weight.shape[1], len(layers[-1].weight)) != (sum(network.splits), network.splits[0]):
             return super().reverse_process(network, table, features, initial_noise, noise, clip_sample)
 
         timesteps, scales, of_kernel = self._constants_of(table, features.device)
+        embedding = network.embed(timesteps)
+        kernels = self.kernels_for(features, layers, rounded=True)
+        if kernels is not None:
+            return kernels.reverse_process(layers, of_kernel, embedding, features, initial_noise, noise, clip_sample)
         on_action, on_time, on_state = layers[0].weight.split(network.splits, dim=1)
         of_state = F.linear(features, on_state, layers[0].bias)
-        of_time = F.linear(network.embed(timesteps), on_time)
+        of_time = F.linear(embedding, on_time)
         mlp = BoundMLP(layers, on_action, self.arithmetic(features, rounded=True))
         few = len(of_time) * of_state.numel() <= MANY_ELEMENTS  # a table then saves more time than it takes memory
-        constants = of_state + of_time.unsqueeze(1) if few else None
-        is_mish_only = len(layers) > 1 and not any(layer.norm for layer in layers)
-        if self.kernels and constants is not None and is_mish_only and len(features) <= KERNEL_ROWS:
-            added = None if noise is None else noise * scales
-            return self.kernels.sample(of_kernel, constants, mlp.on_x, mlp.layers, initial_noise, added, clip_sample)
-        each = (of_state + row for row in of_time) if constants is None else iter(constants.unbind())
+        each = iter((of_state + of_time.unsqueeze(1)).unbind()) if few else (of_state + row for row in of_time)
         return sample(table, lambda x, step: mlp(next(each), x), initial_noise, noise, clip_sample, scales)
 
     def _constants_of(self, table: SolverTable, device: th.device) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -421,33 +374,100 @@ class FastOps(Ops):
         plain = super().objective(q_networks, features, reduce)
         if not is_ordinary(features) or reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
             return plain
-        layers = [known_layers(q_network, features.device) for q_network in q_networks]
-        if not all(known and known[0].weight.shape[1] > features.shape[1] for known in layers):
+        critics = known_critics(q_networks, features, reduce)
+        if critics is None:
             return plain
-        return Objective(plain, q_networks, features, self.arithmetic(features), self.arithmetic(features, True), reduce)
+        given = (plain, q_networks, features, reduce)
+        kernels = self.kernels_for(features, *critics)
+        if kernels is not None:
+            return KernelObjective(*given, kernels, self.kernels_for(features, *critics, rounded=True) or kernels)
+        return OperatorObjective(*given, self.arithmetic(features), self.arithmetic(features, rounded=True))
+
+    def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """See :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`."""
+        known = self.kernels is not None and is_ordinary(quantiles, targets) and quantiles.device.type == "cpu"
+        fits = known and quantiles.dim() == 3 and targets.dim() == 2 and len(quantiles) == len(targets)
+        if self.kernels is None or not fits or targets.requires_grad:
+            return super().quantile_huber_loss(quantiles, targets)
+        result: th.Tensor = _QuantileHuberLoss.apply(self.kernels, quantiles, targets)
+        return result
 
 
 def _remake(cls: type[FastOps], inference_dtype: str, compiled: bool) -> FastOps:
-    kernels = None
-    if compiled:
-        with contextlib.suppress(KernelError):  # another machine may have no compiler
-            kernels = load_kernels()
-    return cls(inference_dtype, kernels)
+    return cls(inference_dtype, kernels_at_hand() if compiled else None)  # another machine may have no compiler
 
 
-class Objective:
+# ------------------------------------------------------------------------------------------------- the action gradient
+
+
+def known_critics(q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Function) -> list[list[Layer]] | None:
     """
-    The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. That of the smallest
-    passes through each row's smallest critic alone; for the mean of many outputs, the last layers' weights are averaged.
+    The layers of critics that are all known and have as many inputs and outputs as each other; else None.
 
-    What is not known, or has changed since, is computed by the modules.
+    :param q_networks: the critics' MLPs, each on [features, actions]
+    :param features: of the states, (batch_size, features_dim)
+    :param reduce: what is made of their outputs side by side; the smallest is known of one for each critic
+    """
+    found = [layers for q_network in q_networks if (layers := known_layers(q_network, features.device))]
+    ends = {(layers[0].weight.shape[1], len(layers[-1].weight)) for layers in found}
+    if len(found) != len(q_networks) or len(ends) != 1:
+        return None
+    inputs, outputs = ends.pop()
+    return found if inputs > features.shape[1] and (reduce is average or outputs == 1) else None
+
+
+class Objective(ABC):
+    """
+    The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. What is not known, or
+    has changed since, is computed by the modules.
 
     :param plain: the same function by the modules
-    :param q_networks: the critics' MLPs, of :func:`known_layers`, on [features, actions]
+    :param q_networks: the critics' MLPs, of :func:`known_critics`, on [features, actions]
     :param features: of the states, (batch_size, features_dim)
-    :param arithmetic: how to compute values
-    :param of_gradient: how to compute gradients
     :param reduce: :func:`~sb3_dipo.networks.smallest` or :func:`~sb3_dipo.networks.average`
+    """
+
+    def __init__(self, plain: Function, q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Function):
+        self.plain, self.q_networks, self.features, self.reduce = plain, q_networks, features, reduce
+        self.mean = reduce is average
+        self.critics = known_critics(q_networks, features, reduce) or []
+        self.made_of = self._parameters()
+        self.shape = (features.shape[0], self.critics[0][0].weight.shape[1] - features.shape[1])
+
+    def _parameters(self) -> Any:
+        """What the function is made of, or None if it is not known (any more)."""
+        critics = known_critics(self.q_networks, self.features, self.reduce)
+        if critics is None:
+            return None
+        parameters = [each for layers in critics for layer in layers for each in layer.parameters()]
+        eps = [layer.eps for layers in critics for layer in layers]
+        # tensors that were made in inference mode have no version
+        versions = [0 if each.is_inference() else each._version for each in (*parameters, self.features)]
+        return eps, versions, [(id(each), each.data_ptr()) for each in (*parameters, self.features)]
+
+    def knows(self, *actions: th.Tensor) -> bool:
+        """Whether all of them are as many as the states, and dense float32, and the critics and states are what they were."""
+        fits = is_ordinary(self.features, *actions) and all(each.shape == self.shape for each in actions)
+        return fits and self.made_of == self._parameters()
+
+    def __call__(self, actions: th.Tensor) -> th.Tensor:
+        """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
+        if th.is_grad_enabled() or not self.knows(actions):
+            return self.plain(actions)
+        return self.values(actions)
+
+    @abstractmethod
+    def values(self, actions: th.Tensor) -> th.Tensor:
+        """The values at actions that are known, without gradient."""
+
+
+class KernelObjective(Objective):
+    """
+    By the kernel, which also climbs.
+
+    :param given: as :class:`Objective`
+    :param kernels: for values
+    :param of_gradient: for gradients
     """
 
     def __init__(
@@ -455,48 +475,78 @@ class Objective:
         plain: Function,
         q_networks: Sequence[nn.Module],
         features: th.Tensor,
+        reduce: Function,
+        kernels: Kernels,
+        of_gradient: Kernels,
+    ):
+        super().__init__(plain, q_networks, features, reduce)
+        self.kernels, self.of_gradient = kernels, of_gradient
+
+    def values(self, actions: th.Tensor) -> th.Tensor:
+        """See :class:`Objective`."""
+        return self.kernels.values(self.critics, self.features, actions, self.mean)
+
+    def improve(
+        self,
+        actions: th.Tensor,
+        bounds: tuple[th.Tensor, th.Tensor] | None,
+        action_lr: float,
+        action_gradient_steps: int,
+        max_norm: float,
+    ) -> th.Tensor | None:
+        """
+        All steps of :func:`sb3_dipo.improve_actions` in one call.
+
+        :param actions: (batch_size, action_dim)
+        :param bounds: the lowest and the highest improved action, (batch_size, action_dim); None is -1 and 1
+        :param action_lr: Adam's step size
+        :param action_gradient_steps: number of steps
+        :param max_norm: largest norm of the batch's gradient
+        :return: improved actions, (batch_size, action_dim), or None for actions that are not known
+        """
+        if not self.knows(actions, *(bounds or ())):
+            return None
+        adam = (action_gradient_steps, action_lr, max_norm, ADAM_BETAS, ADAM_EPS)
+        return self.of_gradient.improve(self.critics, self.features, actions, self.mean, bounds, *adam)
+
+
+class OperatorObjective(Objective):
+    """
+    By PyTorch's operators. The gradient of the smallest passes through each row's smallest critic alone; for the mean of many
+    outputs, the last layers' weights are averaged.
+
+    :param given: as :class:`Objective`
+    :param arithmetic: how to compute values
+    :param of_gradient: how to compute gradients
+    """
+
+    def __init__(
+        self,
+        plain: Function,
+        q_networks: Sequence[nn.Module],
+        features: th.Tensor,
+        reduce: Function,
         arithmetic: Arithmetic,
         of_gradient: Arithmetic,
-        reduce: Function,
     ):
-        self.plain, self.q_networks, self.device, self.reduce = plain, q_networks, features.device, reduce
-        self.mean = reduce is average
-        self.made_of = self._parameters()
-        self.critics: list[tuple[BoundMLP, th.Tensor]] = []
+        super().__init__(plain, q_networks, features, reduce)
+        self.evaluated: list[tuple[BoundMLP, th.Tensor]] = []
         self.climbed: list[tuple[BoundMLP, th.Tensor]] = []
         with th.no_grad():
-            for q_network in q_networks:
-                layers = known_layers(q_network, features.device)
-                assert layers is not None
+            for layers in self.critics:
                 if self.mean:
                     *hidden, last = layers
                     layers = [*hidden, Layer(last.weight.mean(dim=0, keepdim=True), last.bias.mean(dim=0, keepdim=True))]
-                weight, bias, _ = layers[0]
+                weight, bias = layers[0].weight, layers[0].bias
                 on_state, on_action = weight.split([features.shape[1], weight.shape[1] - features.shape[1]], dim=1)
                 of_state = F.linear(features, on_state, bias)
                 self.climbed.append((BoundMLP(layers, on_action, of_gradient, True), of_state))
                 same = of_gradient == arithmetic
-                self.critics.append(self.climbed[-1] if same else (BoundMLP(layers, on_action, arithmetic), of_state))
-        self.shape = (features.shape[0], on_action.shape[1])
+                self.evaluated.append(self.climbed[-1] if same else (BoundMLP(layers, on_action, arithmetic), of_state))
 
-    def _parameters(self) -> Any:
-        """What the critics are made of, or None if it is not known (any more)."""
-        found = [known_layers(q_network, self.device) for q_network in self.q_networks]
-        if not all(found):
-            return None
-        parameters = [each for layers in found for layer in layers or () for each in _parameters(layer)]
-        return [(id(each), each.data_ptr(), each._version) for each in parameters]
-
-    def knows(self, actions: th.Tensor) -> bool:
-        """Whether the actions are as many as the states, and dense float32, and the critics are what they were."""
-        fits = is_ordinary(actions) and actions.shape == self.shape and actions.device == self.device
-        return fits and self.made_of == self._parameters()
-
-    def __call__(self, actions: th.Tensor) -> th.Tensor:
-        """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
-        if th.is_grad_enabled() or not self.knows(actions):
-            return self.plain(actions)
-        return self.reduce(th.cat([mlp(of_state, actions) for mlp, of_state in self.critics], dim=1))
+    def values(self, actions: th.Tensor) -> th.Tensor:
+        """See :class:`Objective`."""
+        return self.reduce(th.cat([mlp(of_state, actions) for mlp, of_state in self.evaluated], dim=1))
 
     def gradient(self, actions: th.Tensor) -> th.Tensor:
         """The gradient of the values' sum at actions, (batch_size, action_dim), without one of its own."""

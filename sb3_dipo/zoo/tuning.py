@@ -7,7 +7,8 @@ if TYPE_CHECKING:
 
 # rl_zoo3.hyperparams_opt is imported where it is needed: it registers this module while it is being imported itself.
 
-POLICY_PARAMS = ("num_train_timesteps", "beta_schedule", "solver", "num_inference_steps", "eta")
+OF_ACTOR = ("actor", "num_train_timesteps", "beta_schedule", "solver", "num_inference_steps", "eta", "samplers")
+OF_CRITIC = ("critic", "layer_norm", "n_quantiles", "top_quantiles_to_drop_per_net")
 HER_PARAMS = ("n_sampled_goal", "goal_selection_strategy")
 
 
@@ -31,22 +32,26 @@ def sample_dipo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "action_lr": trial.suggest_float("action_lr", 3e-3, 0.3, log=True),
         "action_gradient_steps": trial.suggest_int("action_gradient_steps", 1, 40, log=True),
         "action_grad_norm_ratio": trial.suggest_float("action_grad_norm_ratio", 0.03, 1.0, log=True),
-        "persist_improved_actions": trial.suggest_categorical("persist_improved_actions", [True, False]),
-        "num_train_timesteps": trial.suggest_int("num_train_timesteps", 5, 100, log=True),
-        "beta_schedule": trial.suggest_categorical("beta_schedule", ["cosine", "vp", "linear", "ou"]),
+        "action_gradient_start": trial.suggest_categorical("action_gradient_start", ["replay", "policy"]),
+        "actor": trial.suggest_categorical("actor", ["diffusion", "flow"]),
+        "behaviour_candidates": trial.suggest_int("behaviour_candidates", 1, 8, log=True),
+        "critic": trial.suggest_categorical("critic", ["ensemble", "quantile"]),
+        "layer_norm": trial.suggest_categorical("layer_norm", [True, False]),
     }
-    # Optuna wants the same choices under the same name, and the exponential integrator can diverge on the other schedules
-    if params["beta_schedule"] == "ou":
-        solver = trial.suggest_categorical("ou_solver", ["ddpm", "ddim", "dpmpp_2m", "exponential_integrator"])
-        params["ou_solver"] = solver
+    if params["action_gradient_start"] == "replay":
+        params["persist_improved_actions"] = trial.suggest_categorical("persist_improved_actions", [True, False])
+        params["bound_shift"] = trial.suggest_categorical("bound_shift", [True, False])
+        if params["bound_shift"]:
+            params["max_action_shift"] = trial.suggest_float("max_action_shift", 0.05, 1.0, log=True)
+    if params["critic"] == "quantile":
+        params["n_quantiles"] = trial.suggest_int("n_quantiles", 5, 50, log=True)
+        params["top_quantiles_to_drop_per_net"] = trial.suggest_int("top_quantiles_to_drop_per_net", 0, 4)
+    # Optuna wants the same choices under the same name
+    if params["actor"] == "flow":
+        params["flow_solver"] = trial.suggest_categorical("flow_solver", ["euler", "midpoint"])
+        params["flow_steps"] = trial.suggest_int("flow_steps", 1, 10, log=True)
     else:
-        solver = trial.suggest_categorical("solver", ["ddpm", "ddim", "dpmpp_2m"])
-        params["solver"] = solver
-    if solver == "ddim":
-        params["eta"] = trial.suggest_float("eta", 0.0, 1.0)
-    if solver != "exponential_integrator":  # which can diverge if it leaves steps out
-        # a fraction of K, so that its range does not depend on another parameter
-        params["inference_fraction"] = trial.suggest_float("inference_fraction", 0.2, 1.0)
+        params.update(_suggest_diffusion(trial))
 
     her_kwargs: dict[str, Any] = {}
     if additional_args["using_her_replay_buffer"]:
@@ -65,6 +70,25 @@ def sample_dipo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     return hyperparams
 
 
+def _suggest_diffusion(trial: "optuna.Trial") -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "num_train_timesteps": trial.suggest_int("num_train_timesteps", 5, 100, log=True),
+        "beta_schedule": trial.suggest_categorical("beta_schedule", ["cosine", "vp", "linear", "ou"]),
+    }
+    if params["beta_schedule"] == "ou":  # the exponential integrator can diverge on the other schedules
+        solver = trial.suggest_categorical("ou_solver", ["ddpm", "ddim", "dpmpp_2m", "exponential_integrator"])
+        params["ou_solver"] = solver
+    else:
+        solver = trial.suggest_categorical("solver", ["ddpm", "ddim", "dpmpp_2m"])
+        params["solver"] = solver
+    if solver == "ddim":
+        params["eta"] = trial.suggest_float("eta", 0.0, 1.0)
+    if solver != "exponential_integrator":  # which can diverge if it leaves steps out
+        # a fraction of K, so that its range does not depend on another parameter
+        params["inference_fraction"] = trial.suggest_float("inference_fraction", 0.2, 1.0)
+    return params
+
+
 def convert_dipo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     Turn what a trial has suggested into arguments of DIPO: what ``--trial-id`` does. ``gradient_steps`` is ``train_freq``.
@@ -78,12 +102,15 @@ def convert_dipo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     from rl_zoo3.hyperparams_opt import convert_offpolicy_params
 
     hyperparams = convert_offpolicy_params(sampled_params)
-    if "ou_solver" in hyperparams:
-        hyperparams["solver"] = hyperparams.pop("ou_solver")
+    hyperparams.pop("bound_shift", None)
+    for name, meaning in (("ou_solver", "solver"), ("flow_solver", "solver"), ("flow_steps", "num_inference_steps")):
+        if name in hyperparams:
+            hyperparams[meaning] = hyperparams.pop(name)
     if "inference_fraction" in hyperparams:
         steps = round(hyperparams.pop("inference_fraction") * hyperparams["num_train_timesteps"])
         hyperparams["num_inference_steps"] = max(1, steps)
-    policy_kwargs = {name: hyperparams.pop(name) for name in POLICY_PARAMS if name in hyperparams}
+    hyperparams["samplers"] = {"behaviour": {"num_candidates": hyperparams.pop("behaviour_candidates")}}
+    policy_kwargs = {name: hyperparams.pop(name) for name in (*OF_ACTOR, *OF_CRITIC) if name in hyperparams}
     hyperparams["policy_kwargs"] = {**hyperparams["policy_kwargs"], **policy_kwargs}
     if HER_PARAMS[0] in hyperparams:
         hyperparams["replay_buffer_kwargs"] = {name: hyperparams.pop(name) for name in HER_PARAMS}

@@ -1,0 +1,82 @@
+// Weights as right factors of products, in panels.
+#pragma once
+
+#include <type_traits>
+
+#include "product.h"
+
+typedef uint32_t Four __attribute__((vector_size(16), may_alias));
+typedef Four AnyFour __attribute__((aligned(4)));
+#if defined(__clang__)
+#define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+// Four rows of four words, `stride` apart, to columns that are `step` apart.
+static inline void transpose(const uint32_t *from, int64_t stride, uint32_t *to, int64_t step) {
+    Four row[4];
+    for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const AnyFour *>(from + i * stride);
+    const Four a = SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = SHUFFLE(row[2], row[3], 0, 4, 1, 5);
+    const Four c = SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = SHUFFLE(row[2], row[3], 2, 6, 3, 7);
+    const Four columns[4] = {SHUFFLE(a, b, 0, 1, 4, 5), SHUFFLE(a, b, 2, 3, 6, 7), SHUFFLE(c, d, 0, 1, 4, 5),
+                             SHUFFLE(c, d, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<Four *>(to + i * step) = columns[i];
+}
+
+static inline int64_t panel_width(int64_t columns) { return columns <= LANES ? LANES : WIDE; }
+
+// Words (columns, depth), rows `stride` apart, as the factor (depth, columns).
+template <class T>
+static Right<T> pack_transposed(Memory &memory, const T *words, int64_t depth, int64_t columns, int64_t stride) {
+    const int64_t width = panel_width(columns), fours = depth / 4 * 4;
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(words);
+    uint32_t *to = memory.zeros_unless<uint32_t>(columns % width == 0, round_up(columns, width) * depth);
+    for (int64_t column = 0; column < columns; column += 4) {
+        uint32_t *panel = to + column / width * width * depth + column % width;
+        const int64_t some = std::min<int64_t>(4, columns - column), whole = some == 4 ? fours : 0;
+        for (int64_t i = 0; i < whole; i += 4) transpose(from + column * stride + i, stride, panel + i * width, width);
+        for (int64_t i = whole; i < depth; ++i)
+            for (int64_t j = 0; j < some; ++j) panel[i * width + j] = from[(column + j) * stride + i];
+    }
+    return {reinterpret_cast<const T *>(to), depth, columns, width * depth, width, width};
+}
+
+// Words (depth, columns), rows `stride` apart.
+template <class T> static Right<T> pack(Memory &memory, const T *from, int64_t depth, int64_t columns, int64_t stride) {
+    const int64_t width = panel_width(columns);
+    T *to = memory.zeros_unless<T>(columns % width == 0, round_up(columns, width) * depth);
+    for (int64_t column = 0; column < columns; column += width)
+        for (int64_t i = 0; i < depth; ++i)
+            std::memcpy(to + column * depth + i * width, from + i * stride + column, 4 * std::min(width, columns - column));
+    return {to, depth, columns, width * depth, width, width};
+}
+
+static Pair *round_to_pairs(Memory &memory, const float *from, int64_t count) {
+    Pair *pairs = memory.get<Pair>(round_up(count, LANES) / 2);
+    for (int64_t i = 0; i < count; i += LANES) store(pairs + i / 2, load_first(from + i, count - i));
+    return pairs;
+}
+
+// The weight of a linear layer, (outputs, inputs), for x W^T, and for the gradient at x.
+template <class T> static Right<T> pack_weight(Memory &memory, const float *weight, int64_t outputs, int64_t inputs) {
+    if constexpr (std::is_same<T, float>::value)
+        return pack_transposed(memory, weight, inputs, outputs, inputs);
+    else
+        return pack_transposed(memory, round_to_pairs(memory, weight, outputs * inputs), inputs / 2, outputs, inputs / 2);
+}
+template <class T> static Right<T> pack_weight_back(Memory &memory, const float *weight, int64_t outputs, int64_t inputs) {
+    if constexpr (std::is_same<T, float>::value)
+        return pack(memory, weight, outputs, inputs, inputs);
+    else {
+        const Pair *rounded = round_to_pairs(memory, weight, outputs * inputs);
+        Pair *pairs = memory.get<Pair>(outputs * inputs / 2);
+        for (int64_t i = 0; i < outputs / 2; ++i)  // a pair is of two rows
+            for (int64_t j = 0; j < inputs / 2; ++j) {
+                const Pair above = rounded[i * inputs + j], below = rounded[i * inputs + inputs / 2 + j];
+                pairs[i * inputs + 2 * j] = {above.first, below.first};
+                pairs[i * inputs + 2 * j + 1] = {above.second, below.second};
+            }
+        return pack(memory, pairs, outputs / 2, inputs, inputs);
+    }
+}
