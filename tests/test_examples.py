@@ -17,7 +17,8 @@ def test_train(scripts: Scripts, tmp_path: Path) -> None:
     for line in (" at random, ", " before training.", " after 105 steps.", str(Path("here", "before_and_after.gif"))):
         assert line in printed
     with Image.open(tmp_path / "here" / "before_and_after.gif") as gif:
-        assert (gif.size, gif.n_frames) == ((410, 200), 200)
+        assert gif.size == (410, 200)
+        assert 100 < gif.n_frames <= 200  # frames that are alike are one
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
     model = DIPO.load(tmp_path / "here" / "dipo.zip", device="cpu")
     assert model._n_updates == 5
