@@ -65,7 +65,8 @@ class FusedGuard(Guard):
         targets = list(target_params)
         if targets:
             with th.no_grad():
-                th._foreach_lerp_(targets, list(params), tau)
+                th._foreach_mul_(targets, 1 - tau)  # rounded as SB3 does: a step of a target is small beside it
+                th._foreach_add_(targets, list(params), alpha=tau)
 
 
 def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
