@@ -87,7 +87,7 @@ def test_learn_goes_on_from_every_checkpoint(variant: str, tmp_path: Path) -> No
 
 
 def test_updates_go_on_in_a_new_process(tmp_path: Path) -> None:
-    model = make_model(make_env())
+    model = make_model(make_env(), accelerate="compile")  # "auto" is another path in the tests' own process
     model.learn(30)
     save_checkpoint(model, tmp_path)
     model.train(50, 8)

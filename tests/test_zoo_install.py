@@ -236,28 +236,45 @@ def assert_is_trial(agent: DIPO, trial: dict[str, str]) -> None:
         "gamma": 1 - float(params.pop("one_minus_gamma")),
         "batch_size": 2 ** int(params.pop("batch_size_pow")),
         "gradient_steps": int(params["train_freq"]),
-        "persist_improved_actions": params.pop("persist_improved_actions") == "True",
+        "action_gradient_start": params.pop("action_gradient_start"),
     }
+    if expected["action_gradient_start"] == "replay":
+        expected["persist_improved_actions"] = params.pop("persist_improved_actions") == "True"
+        if params.pop("bound_shift") == "True":
+            expected["max_action_shift"] = float(params.pop("max_action_shift"))
     for name in ("tau", "action_lr", "action_gradient_steps", "action_grad_norm_ratio"):
         expected[name] = float(params.pop(name))
-    assert {name: getattr(agent, name) for name in expected} == pytest.approx(expected)
+    found = {name: getattr(agent, name) for name in expected}
+    assert found.pop("action_gradient_start") == expected.pop("action_gradient_start")
+    assert found == pytest.approx(expected)
     assert agent.lr_schedule(1.0) == pytest.approx(float(params.pop("learning_rate")))
     assert agent.train_freq.frequency == int(params.pop("train_freq"))  # type: ignore[union-attr]
 
     kwargs = dict(agent.policy_kwargs)
-    steps = int(params.pop("num_train_timesteps"))
-    solver = params.pop("solver", None) or params.pop("ou_solver")
-    assert kwargs.pop("num_train_timesteps") == steps
-    assert kwargs.pop("beta_schedule") == params.pop("beta_schedule") and kwargs.pop("solver") == solver
     sizes = {"small": [64, 64], "medium": [256, 256], "large": [256, 256, 256]}  # rl_zoo3's names for them
     assert kwargs.pop("net_arch") == sizes[params.pop("net_arch")]
-    if "eta" in params:
-        assert kwargs.pop("eta") == pytest.approx(float(params.pop("eta")))
-    if "inference_fraction" in params:
-        fraction = kwargs["num_inference_steps"] / steps
-        assert fraction == pytest.approx(float(params.pop("inference_fraction")), abs=0.51 / steps)
-        # what the trial itself has used
-        assert kwargs.pop("num_inference_steps") == float(trial["user_attrs_num_inference_steps"])
+    assert kwargs.pop("samplers") == {"behaviour": {"num_candidates": int(params.pop("behaviour_candidates"))}}
+    actor, critic = params.pop("actor"), params.pop("critic")
+    assert (kwargs.pop("actor"), kwargs.pop("critic")) == (actor, critic)
+    assert str(kwargs.pop("layer_norm")) == params.pop("layer_norm")
+    if critic == "quantile":
+        for name in ("n_quantiles", "top_quantiles_to_drop_per_net"):
+            assert kwargs.pop(name) == int(float(params.pop(name)))
+    if actor == "flow":
+        assert kwargs.pop("solver") == params.pop("flow_solver")
+        assert kwargs.pop("num_inference_steps") == int(float(params.pop("flow_steps")))
+    else:
+        steps = int(float(params.pop("num_train_timesteps")))
+        solver = params.pop("solver", None) or params.pop("ou_solver")
+        assert kwargs.pop("num_train_timesteps") == steps
+        assert kwargs.pop("beta_schedule") == params.pop("beta_schedule") and kwargs.pop("solver") == solver
+        if "eta" in params:
+            assert kwargs.pop("eta") == pytest.approx(float(params.pop("eta")))
+        if "inference_fraction" in params:
+            fraction = kwargs["num_inference_steps"] / steps
+            assert fraction == pytest.approx(float(params.pop("inference_fraction")), abs=0.51 / steps)
+            # what the trial itself has used
+            assert kwargs.pop("num_inference_steps") == float(trial["user_attrs_num_inference_steps"])
     assert not params, "a new parameter of tuning is to be compared here, too"
     assert not set(kwargs) & {"solver", "ou_solver", "eta", "num_inference_steps"}
 
