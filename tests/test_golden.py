@@ -194,10 +194,9 @@ def test_three_whole_updates(golden: Golden) -> None:
 
     for name, parameters in networks(agent).items():
         expected_weights = golden.weights(f"update.final.{name}.")
-        # a target moves so little in three updates that the rounding of float32 shows, more so where one operator moves it in
-        # place of two; the critic's bound is tight, because a TD target that samples from the policy instead of the target
-        # policy is off by no more than 2.7e-5
-        bound = 2e-3 if name.endswith("target") else 1.5e-5
+        # a target moves so little in three updates that the rounding of float32 shows; the critic's bound is tight, because
+        # a TD target that samples from the policy instead of the target policy is off by no more than 2.7e-5
+        bound = 3e-4 if name.endswith("target") else 1.5e-5
         assert displacement_error(parameters, start[name], expected_weights) < bound, name
 
 
