@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from checkpoint_run import WalkEnv, WalkWithoutState, fingerprint, make_model
 from gymnasium import wrappers
-from gymnasium.wrappers.common import TimeLimit
 from rl_zoo3 import wrappers as zoo
+from rl_zoo3.gym_patches import PatchedTimeLimit
 from sb3_contrib.common.wrappers import TimeFeatureWrapper
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.env_util import make_vec_env
@@ -322,8 +322,8 @@ def test_environments_that_are_vectorised_by_themselves(tmp_path: Path) -> None:
 
 def test_the_time_limit_of_gymnasium_and_that_of_the_zoo(tmp_path: Path) -> None:
     """The zoo puts its own into the place of Gymnasium's, for the whole process."""
-    assert wrappers.TimeLimit is not TimeLimit and issubclass(wrappers.TimeLimit, TimeLimit)
-    for number, time_limit in enumerate((wrappers.TimeLimit, TimeLimit)):
+    assert wrappers.TimeLimit is PatchedTimeLimit
+    for number, time_limit in enumerate((PatchedTimeLimit, *PatchedTimeLimit.__bases__)):
         folder = tmp_path / str(number)
         model = make_model(DummyVecEnv([lambda cls=time_limit: cls(WalkEnv(), 7)]))  # type: ignore[misc]
         model.learn(40, callback=ExactCheckpointCallback(20, folder, keep=9))
