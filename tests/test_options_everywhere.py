@@ -10,6 +10,7 @@ import torch as th
 from both import MIXED, observations_of, policy_for, silent, space_envs
 from checkpoint_run import make_env as walk_envs
 from envs import GoalEnv, differences, everything_learned, small_dipo
+from helpers import displacement_error
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -49,8 +50,8 @@ def make_env(space: Any = None, her: bool = False, normalize: bool = False) -> A
     return walk_envs(normalize=normalize) if space is None else space_envs(space, n_envs=2)
 
 
-def make(situation: str, options: str, accelerate: str = "auto") -> tuple[DIPO, Any]:
-    """An agent that has learned a little, and a new environment of the same kind."""
+def make(situation: str, options: str, accelerate: str = "auto", steps: int = 40) -> tuple[DIPO, Any]:
+    """An agent that has learned a little, if at all, and a new environment of the same kind."""
     settings = dict(SITUATIONS[situation])
     of_env = {name: settings.pop(name) for name in ("space", "her", "normalize") if name in settings}
     policy_kwargs = dict(OPTIONS[options])
@@ -58,9 +59,9 @@ def make(situation: str, options: str, accelerate: str = "auto") -> tuple[DIPO, 
         settings["policy"] = policy = policy_for(of_env["space"])
         name = {"MultiInputPolicy": "cnn_output_dim", "CnnPolicy": "features_dim"}[policy]
         policy_kwargs["features_extractor_kwargs"] = {name: 8}
-    model = small_dipo(make_env(**of_env), policy_kwargs=policy_kwargs, accelerate=accelerate, **settings)
-    model.learn(40)
-    assert model._n_updates > 0 and all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    model = small_dipo(make_env(**of_env), policy_kwargs=policy_kwargs, accelerate=accelerate, batch_size=32, **settings)
+    model.learn(steps)
+    assert (model._n_updates > 0) == (steps > 0) and all(parameter.isfinite().all() for parameter in model.policy.parameters())
     return model, make_env(**of_env)
 
 
@@ -85,16 +86,20 @@ def test_saved_pickled_and_gone_on(options: str, situation: str, tmp_path: Path)
     np.testing.assert_array_equal(predictions(again, observations), expected)
 
     save_checkpoint(model, tmp_path)
-    silent(model).train(5, 16)
+    silent(model).train(5, 32)
     loaded = load_checkpoint(tmp_path, env)
-    silent(loaded).train(5, 16)
+    silent(loaded).train(5, 32)
     assert differences(everything_learned(model), everything_learned(loaded)) == []
 
 
+@pytest.mark.parametrize("accelerate", ["auto", "compile"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_fast_paths_learn_what_the_plain_one_learns(options: str, situation: str) -> None:
-    plain, fast = (everything_learned(make(situation, options, accelerate)[0]) for accelerate in ("off", "auto"))
-    for name, expected in plain.items():
-        if "optimizer" not in name:
-            th.testing.assert_close(fast[name], expected, rtol=1e-3, atol=2e-3)
+def test_fast_paths_learn_what_the_plain_one_learns(options: str, situation: str, accelerate: str) -> None:
+    """As far as learning has moved each network, and not as far as its weights are large."""
+    start, (plain, _), (fast, _) = (
+        make(situation, options, mode, steps=steps) for mode, steps in (("off", 0), ("off", 40), (accelerate, 40))
+    )
+    for name in ("actor", "actor_target", "critic", "critic_target"):
+        before, expected, found = (list(getattr(model, name).parameters()) for model in (start[0], plain, fast))
+        assert displacement_error(found, before, expected) < 0.02, name

@@ -183,8 +183,9 @@ def test_whole_updates_agree_with_the_oracle(accelerate: str, problem: dict[str,
 
     assert agent.replay_buffer is not None
     improved = agent.replay_buffer.improved_actions[:ROWS]  # type: ignore[attr-defined]
-    # Adam divides by the size of the gradient: where that is small, rounding moves an action by more than rounding
-    np.testing.assert_allclose(improved, memory.improved_actions.numpy(), rtol=0, atol=2e-3)
+    # Adam divides by the size of the gradient: where that is small, rounding moves an action by more, but few and not far
+    errors = np.abs(improved - memory.improved_actions.numpy())
+    assert np.quantile(errors, 0.95) < 2e-4 and errors.max() < 2e-3
     np.testing.assert_array_equal(agent.replay_buffer.actions[:ROWS], arrays["actions"])
     written = any(persist) and problem["settings"].action_gradient_start == "replay"
     assert written or not (improved != arrays["actions"]).any()

@@ -82,7 +82,10 @@ def climbs(model: BaseAlgorithm) -> np.ndarray:
     critic: Any = model.policy.critic
     origin = th.zeros(ROLLOUTS, 2, device=model.device)
     start = th.rand(ROLLOUTS, 2).to(model.device) * 2 - 1
-    smallest = lambda a: th.cat(critic(origin, a), 1).min(1, keepdim=True).values  # noqa: E731
+
+    def smallest(actions: th.Tensor) -> th.Tensor:
+        return th.cat(critic(origin, actions), dim=1).min(dim=1, keepdim=True).values
+
     objective = critic.objective(origin) if hasattr(critic, "objective") else smallest
     ends = improve_actions(objective, start, 0.03, 200).cpu().numpy()
     ways = ends / np.linalg.norm(ends, axis=1, keepdims=True) @ (GOALS.T / 5)

@@ -235,9 +235,7 @@ class Kernels:
         :param mean: whether it is the mean
         :return: (batch_size, 1)
         """
-        values = th.empty(len(actions), 1, dtype=th.float32, device="cpu")
-        self._action_gradient(critics, features, _copy(actions), mean, None, _Climb(), values)
-        return values
+        return self.improve(critics, features, actions, mean)[1]
 
     def improve(
         self,
@@ -245,12 +243,12 @@ class Kernels:
         features: th.Tensor,
         actions: th.Tensor,
         mean: bool,
-        bounds: tuple[th.Tensor, th.Tensor] | None,
-        steps: int,
-        rate: float,
-        max_norm: float,
-        betas: tuple[float, float],
-        epsilon: float,
+        bounds: tuple[th.Tensor, th.Tensor] | None = None,
+        steps: int = 0,
+        rate: float = 0.0,
+        max_norm: float = 0.0,
+        betas: tuple[float, float] = (0.0, 0.0),
+        epsilon: float = 0.0,
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         As :func:`sb3_dipo.improve_actions` on the smallest or the mean of all outputs of some MLPs.
@@ -260,40 +258,27 @@ class Kernels:
         :param actions: as :meth:`values`
         :param mean: as :meth:`values`
         :param bounds: the lowest and the highest improved action, (batch_size, action_dim); None is -1 and 1
-        :param steps: number of steps
+        :param steps: number of steps; 0 computes the values alone
         :param rate: step size of Adam
         :param max_norm: largest joint norm of a gradient
         :param betas: of Adam
         :param epsilon: of Adam
         :return: improved actions, (batch_size, action_dim), and the values at the given ones, (batch_size, 1)
         """
-        improved, values = _copy(actions), th.empty(len(actions), 1, dtype=th.float32, device="cpu")
-        bounds = None if bounds is None else (_dense(bounds[0]), _dense(bounds[1]))
-        climb = _Climb(steps, rate, max_norm, *betas, epsilon)
-        self._action_gradient(critics, features, improved, mean, bounds, climb, values)
-        return improved, values
-
-    def _action_gradient(
-        self,
-        critics: Sequence[Sequence[Layer]],
-        features: th.Tensor,
-        actions: th.Tensor,
-        mean: bool,
-        bounds: tuple[th.Tensor, th.Tensor] | None,
-        climb: _Climb,
-        values: th.Tensor,
-    ) -> None:
-        (rows, action_dim), features_dim, features = _sizes(actions), _sizes(features)[1], _dense(features)
+        improved, features = _copy(actions), _dense(features)
+        (rows, action_dim), features_dim = _sizes(improved), _sizes(features)[1]
+        values = th.empty(rows, 1, dtype=th.float32, device="cpu")
         outputs = None if mean else 1
         number, array = _layers(*critics, inputs=features_dim + action_dim, outputs=outputs)
-        low, high = (None, None) if bounds is None else (_pointer(each, rows, action_dim) for each in bounds)
+        dense = None if bounds is None else [_dense(each) for each in bounds]  # alive until the call has returned
+        low, high = (None, None) if dense is None else (_pointer(each, rows, action_dim) for each in dense)
         self._call(
             "action_gradient",
             len(critics),
             number,
             array,
             mean,
-            ctypes.byref(climb),
+            ctypes.byref(_Climb(steps, rate, max_norm, *betas, epsilon)),
             rows,
             features_dim,
             action_dim,
@@ -301,9 +286,10 @@ class Kernels:
             low,
             high,
             th.get_num_threads(),
-            _pointer(actions, rows, action_dim),
+            _pointer(improved, rows, action_dim),
             _pointer(values, rows, 1),
         )
+        return improved, values
 
     def forward(self, layers: Sequence[Layer], x: th.Tensor, keep: bool = False) -> tuple[th.Tensor, th.Tensor | None]:
         """

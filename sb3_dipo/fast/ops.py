@@ -381,8 +381,10 @@ class FastOps(Ops):
         given = (plain, q_networks, features, reduce, critics)
         kernels = self.kernels_for(features, *critics)
         if kernels is not None:
-            return KernelObjective(*given, kernels, self.kernels_for(features, *critics, rounded=True) or kernels)
-        return OperatorObjective(*given, self.arithmetic(features), self.arithmetic(features, rounded=True))
+            of_gradient = self.kernels_for(features, *critics, rounded=True) or kernels
+            return KernelObjective(*given, kernels=kernels, of_gradient=of_gradient)
+        arithmetic = self.arithmetic(features)
+        return OperatorObjective(*given, arithmetic=arithmetic, of_gradient=self.arithmetic(features, rounded=True))
 
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`."""
@@ -474,17 +476,8 @@ class KernelObjective(Objective):
     :param of_gradient: for gradients
     """
 
-    def __init__(
-        self,
-        plain: Function,
-        q_networks: Sequence[nn.Module],
-        features: th.Tensor,
-        reduce: Function,
-        critics: list[list[Layer]],
-        kernels: Kernels,
-        of_gradient: Kernels,
-    ):
-        super().__init__(plain, q_networks, features, reduce, critics)
+    def __init__(self, *given: Any, kernels: Kernels, of_gradient: Kernels):
+        super().__init__(*given)
         self.kernels, self.of_gradient = kernels, of_gradient
         self.start: tuple[th.Tensor, th.Tensor] | None = None
         """Where the last climb began, and the values there, which were computed on the way."""
@@ -532,17 +525,8 @@ class OperatorObjective(Objective):
     :param of_gradient: how to compute gradients
     """
 
-    def __init__(
-        self,
-        plain: Function,
-        q_networks: Sequence[nn.Module],
-        features: th.Tensor,
-        reduce: Function,
-        critics: list[list[Layer]],
-        arithmetic: Arithmetic,
-        of_gradient: Arithmetic,
-    ):
-        super().__init__(plain, q_networks, features, reduce, critics)
+    def __init__(self, *given: Any, arithmetic: Arithmetic, of_gradient: Arithmetic):
+        super().__init__(*given)
         self.evaluated: list[tuple[BoundMLP, th.Tensor]] = []
         self.climbed: list[tuple[BoundMLP, th.Tensor]] = []
         with th.no_grad():
@@ -550,9 +534,8 @@ class OperatorObjective(Objective):
                 if self.mean:
                     *hidden, last = layers
                     layers = [*hidden, Layer(last.weight.mean(dim=0, keepdim=True), last.bias.mean(dim=0, keepdim=True))]
-                weight, bias = layers[0].weight, layers[0].bias
-                on_state, on_action = weight.split([features.shape[1], weight.shape[1] - features.shape[1]], dim=1)
-                of_state = F.linear(features, on_state, bias)
+                on_state, on_action = layers[0].weight.split([self.features.shape[1], self.shape[1]], dim=1)
+                of_state = F.linear(self.features, on_state, layers[0].bias)
                 self.climbed.append((BoundMLP(layers, on_action, of_gradient, True), of_state))
                 same = of_gradient == arithmetic
                 self.evaluated.append(self.climbed[-1] if same else (BoundMLP(layers, on_action, arithmetic), of_state))
