@@ -3,6 +3,7 @@ One thread of PyTorch: the networks of the tests are small, and more threads wai
 ``accelerate="auto"`` is what it is without a compiler, so that it is another path than ``"compile"``.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ import torch as th
 from processes import PAPER, Scripts
 
 th.set_num_threads(1)
+if not th.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton: its kernels run line by line on the CPU
 sys.path.append(str(PAPER))  # whose scripts import each other by name, and tests import them
 
 

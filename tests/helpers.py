@@ -1,7 +1,8 @@
 """What several tests use: an agent on made-up data, with every random draw given."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -11,9 +12,12 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
 
 from sb3_dipo import DIPO, DIPOReplayBuffer
 from sb3_dipo.buffers import ImprovedSamples
+
+Make = Callable[..., th.Tensor]
 
 MODES = ("off", "auto", "compile")
 """Values of ``accelerate`` that compute differently on a CPU."""
@@ -128,3 +132,19 @@ def noise_predictions(network: Any) -> Iterator[list[int]]:
         yield calls
     finally:
         hook.remove()
+
+
+def normal_numbers(seed: int) -> Make:
+    generator = th.Generator("cpu").manual_seed(seed)
+    return lambda *shape: th.randn(shape, generator=generator, device="cpu")
+
+
+def make_net(normal: Make, inputs: int, widths: list[int], outputs: int, norm: bool) -> nn.Sequential:
+    """An MLP of Mish with drawn weights of about unit gain, biases and, where there are, norms."""
+    modules: list[nn.Module] = []
+    for before, width in itertools.pairwise([inputs, *widths]):
+        modules += [nn.Linear(before, width), *([nn.LayerNorm(width)] if norm else []), nn.Mish()]
+    net = nn.Sequential(*modules, nn.Linear(widths[-1], outputs))
+    for parameter in net.parameters():
+        parameter.data = normal(*parameter.shape) / (parameter.shape[1] ** 0.5 if parameter.dim() == 2 else 2)
+    return net

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch as th
 from fast_and_plain import OBS_DIM, Inputs, KernelMish, assert_same, computed, filled, largest_difference, train
+from helpers import make_net, normal_numbers
 from sb3_contrib.common.utils import quantile_huber_loss
 from torch import nn
 from torch.nn import functional as F
@@ -32,8 +33,6 @@ from sb3_dipo.fast.ops import FastOps
 from sb3_dipo.guard import Guard
 from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, average, smallest
 
-Make = Callable[..., th.Tensor]
-
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
@@ -46,22 +45,6 @@ def ops(kernels: Kernels) -> Iterator[FastOps]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sb3_dipo.fast.ops.FEW_ROWS", 1)
         yield FastOps(kernels=kernels)
-
-
-def normal_numbers(seed: int) -> Make:
-    generator = th.Generator("cpu").manual_seed(seed)
-    return lambda *shape: th.randn(shape, generator=generator, device="cpu")
-
-
-def make_net(normal: Make, inputs: int, widths: list[int], outputs: int, norm: bool) -> nn.Sequential:
-    """An MLP of Mish with drawn weights of about unit gain, biases and, where there are, norms."""
-    modules: list[nn.Module] = []
-    for before, width in itertools.pairwise([inputs, *widths]):
-        modules += [nn.Linear(before, width), *([nn.LayerNorm(width)] if norm else []), nn.Mish()]
-    net = nn.Sequential(*modules, nn.Linear(widths[-1], outputs))
-    for parameter in net.parameters():
-        parameter.data = normal(*parameter.shape) / (parameter.shape[1] ** 0.5 if parameter.dim() == 2 else 2)
-    return net
 
 
 SIZES = [

@@ -1,9 +1,9 @@
 """
 What only makes DIPO faster and computes the same: with ``accelerate="off"`` nothing of it is imported.
 
-``ops`` computes networks whose modules ``layers`` knows, by operators of PyTorch or by the one of ``kernels``, which the
-user's C++ compiler makes from the folder ``kernel``; ``guard`` takes optimizer steps in fewer calls; ``cuda_graphs`` captures
-whole updates; ``device_buffer`` keeps replay data on the device.
+``ops`` computes networks whose modules ``layers`` knows, by operators of PyTorch, by the kernel of ``kernels``, which the
+user's C++ compiler makes from the folder ``kernel``, or, on a GPU, by those of ``triton_kernels``; ``guard`` takes optimizer
+steps in fewer calls; ``cuda_graphs`` captures whole updates; ``device_buffer`` keeps replay data on the device.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from sb3_dipo.buffers import DIPOReplayBuffer
 from sb3_dipo.fast.cuda_graphs import CapturableGuard, CudaGraphs
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer, as_storage, fits_on_device
 from sb3_dipo.fast.guard import FusedGuard
-from sb3_dipo.fast.kernels import KernelError, Kernels, kernels_at_hand, load_kernels, rounding_kernels
+from sb3_dipo.fast.kernels import KernelError, Kernels, kernels_at_hand, load_kernels, rounding_kernels, triton_kernels_at_hand
 from sb3_dipo.fast.ops import FastOps
 from sb3_dipo.guard import Guard
 from sb3_dipo.networks import PLAIN, Ops
@@ -36,7 +36,7 @@ def make_ops(device: th.device, accelerate: str, inference_dtype: str) -> Ops:
         if kernels is not None and inference_dtype == "bfloat16":
             rounding_kernels()  # compiled now, and not when it is first used
         return FastOps(inference_dtype, kernels)
-    return FastOps(inference_dtype) if device.type == "cuda" else PLAIN
+    return FastOps(inference_dtype, triton_kernels_at_hand()) if device.type == "cuda" else PLAIN
 
 
 def set_up(policy: Any, accelerate: str) -> tuple[Guard, CudaGraphs | None]:

@@ -115,6 +115,24 @@ def kernels_at_hand(bfloat16: bool = False) -> "Kernels | None":
         return None
 
 
+@functools.cache
+def triton_kernels_at_hand(bfloat16: bool = False) -> Any:
+    """
+    The :class:`~sb3_dipo.fast.triton_kernels.TritonKernels`, or None where there is no Triton, no C compiler, which it needs,
+    too, or no GPU with tensor cores for float32.
+
+    :param bfloat16: as for them
+    """
+    if not th.cuda.is_available() or th.cuda.get_device_capability() < (8, 0):
+        return None
+    try:
+        from sb3_dipo.fast.triton_kernels import TritonKernels
+
+        return TritonKernels(bfloat16).tried()
+    except Exception:  # of Triton, which raises all sorts
+        return None
+
+
 # ------------------------------------------------------------------------------------------------- calls
 
 
@@ -142,6 +160,9 @@ class Kernels:
     :param library: made from ``kernel.cpp``
     :param bfloat16: whether its products between hidden layers are of bfloat16
     """
+
+    device_type = "cpu"
+    fewest_rows = 1  # of a batch that it is given
 
     def __init__(self, library: ctypes.CDLL, bfloat16: bool = False):
         self._library = library
@@ -173,6 +194,15 @@ class Kernels:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return kernels_at_hand, (self.bfloat16,)  # another machine may have no compiler, and gets None
+
+    def take(self, *mlps: Sequence[Layer]) -> bool:
+        """Whether the kernel computes these MLPs together."""
+        return all(len(mlps[0]) == len(layers) > 1 for layers in mlps)
+
+    def rounded(self, *mlps: Sequence[Layer]) -> "Kernels":
+        """The kernel of bfloat16 for these MLPs, where it is faster, else this one."""
+        even = all(len(layer.weight) % 2 == 0 for layers in mlps for layer in layers[:-1])
+        return (rounding_kernels() if even else None) or self
 
     def _call(self, name: str, *arguments: Any) -> None:
         if not getattr(self._library, name)(*arguments):

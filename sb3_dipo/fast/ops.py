@@ -1,7 +1,8 @@
 """
 How actors and critics compute in less time: MLPs whose every module is known.
 
-On a CPU with a C++ compiler the kernel computes them, see :mod:`sb3_dipo.fast.kernels`. Elsewhere operators of PyTorch do: the
+On a CPU with a C++ compiler the kernel computes them, see :mod:`sb3_dipo.fast.kernels`, and on NVIDIA's GPUs those of
+:mod:`sb3_dipo.fast.triton_kernels` do. Elsewhere operators of PyTorch do: the
 first layer's part that does not change along a reverse process or an action gradient is computed once; products go to
 the fastest library that PyTorch has; Mish is computed from one exponential; gradients are computed by hand. What is not
 known, or is asked for in a way that is not, is computed by :class:`~sb3_dipo.networks.Ops`, which calls the modules.
@@ -10,7 +11,7 @@ known, or is asked for in a way that is not, is computed by :class:`~sb3_dipo.ne
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
 from torch import nn
@@ -19,10 +20,13 @@ from torch.nn import functional as F
 from sb3_dipo.action_gradient import ADAM_BETAS, ADAM_EPS
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
-from sb3_dipo.fast.kernels import Kernels, coefficients, rounding_kernels
+from sb3_dipo.fast.kernels import Kernels, coefficients
 from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers
 from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest
+
+if TYPE_CHECKING:
+    from sb3_dipo.fast.triton_kernels import TritonKernels
 
 Function = Callable[[th.Tensor], th.Tensor]
 
@@ -269,10 +273,10 @@ class FastOps(Ops):
     :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers, in
         :meth:`reverse_process` and the gradients of :meth:`objective`, where the batch is large enough that it pays, and, by
         the kernel, where the processor is faster then
-    :param kernels: the kernel, on a CPU, or None
+    :param kernels: the device's, or None
     """
 
-    def __init__(self, inference_dtype: str = "float32", kernels: Kernels | None = None):
+    def __init__(self, inference_dtype: str = "float32", kernels: "Kernels | TritonKernels | None" = None):
         self.inference_dtype = inference_dtype
         self.kernels = kernels
         self._constants: dict[SolverTable, tuple[th.Tensor, th.Tensor, th.Tensor]] = {}
@@ -294,7 +298,7 @@ class FastOps(Ops):
             found = found._replace(linear=functools.partial(bfloat16_linear, found.linear))
         return found
 
-    def kernels_for(self, x: th.Tensor, *mlps: Sequence[Layer], rounded: bool = False) -> Kernels | None:
+    def kernels_for(self, x: th.Tensor, *mlps: Sequence[Layer], rounded: bool = False) -> Any:
         """
         The kernel, if it can compute these MLPs, or None.
 
@@ -302,12 +306,11 @@ class FastOps(Ops):
         :param mlps: the layers of each
         :param rounded: whether ``inference_dtype`` counts
         """
-        if self.kernels is None or x.device.type != "cpu" or not all(len(mlps[0]) == len(layers) > 1 for layers in mlps):
+        here = self.kernels is not None and x.device.type == self.kernels.device_type
+        if self.kernels is None or not here or len(x) < self.kernels.fewest_rows or not self.kernels.take(*mlps):
             return None
-        if rounded and self.inference_dtype == "bfloat16" and len(x) >= FEW_ROWS:
-            even = all(len(layer.weight) % 2 == 0 for layers in mlps for layer in layers[:-1])
-            return (rounding_kernels() if even else None) or self.kernels
-        return self.kernels
+        round_them = rounded and self.inference_dtype == "bfloat16" and len(x) >= FEW_ROWS
+        return self.kernels.rounded(*mlps) if round_them else self.kernels
 
     def mlp(self, layers: nn.Module, x: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
@@ -364,7 +367,7 @@ class FastOps(Ops):
         if found is None or found[0].device != device:
             with th.inference_mode(False):
                 timesteps = table.timesteps_on(device, th.float32)
-                found = timesteps, noise_scales(table, device, th.float32), coefficients(table)
+                found = timesteps, noise_scales(table, device, th.float32), coefficients(table).to(device)
             self._constants[table] = found
             if len(self._constants) > MAX_TABLES:
                 del self._constants[next(iter(self._constants))]
@@ -388,9 +391,9 @@ class FastOps(Ops):
 
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`."""
-        known = self.kernels is not None and is_ordinary(quantiles, targets) and quantiles.device.type == "cpu"
+        known = isinstance(self.kernels, Kernels) and is_ordinary(quantiles, targets) and quantiles.device.type == "cpu"
         fits = known and quantiles.dim() == 3 and targets.dim() == 2 and len(quantiles) == len(targets)
-        if self.kernels is None or not fits or targets.requires_grad:
+        if not fits or targets.requires_grad:
             return super().quantile_huber_loss(quantiles, targets)
         result: th.Tensor = _QuantileHuberLoss.apply(self.kernels, quantiles, targets)
         return result
@@ -476,7 +479,7 @@ class KernelObjective(Objective):
     :param of_gradient: for gradients
     """
 
-    def __init__(self, *given: Any, kernels: Kernels, of_gradient: Kernels):
+    def __init__(self, *given: Any, kernels: "Kernels | TritonKernels", of_gradient: "Kernels | TritonKernels"):
         super().__init__(*given)
         self.kernels, self.of_gradient = kernels, of_gradient
         self.start: tuple[th.Tensor, th.Tensor] | None = None
@@ -510,7 +513,7 @@ class KernelObjective(Objective):
             return None
         adam = (action_gradient_steps, action_lr, max_norm, ADAM_BETAS, ADAM_EPS)
         improved, values = self.of_gradient.improve(self.critics, self.features, actions, self.mean, bounds, *adam)
-        if self.of_gradient is self.kernels:
+        if self.of_gradient is self.kernels and actions.is_cpu:  # to compare would wait for a GPU
             self.start = actions.clone(), values
         return improved
 
