@@ -285,12 +285,14 @@ class DIPOPolicy(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put actor and critic in training or evaluation mode; the targets stay in evaluation mode.
+        Put actor and critic in training or evaluation mode; the targets stay in evaluation mode. SB3 calls this for every
+        action, and looking takes less time than setting anew.
 
         :param mode: True for training
         """
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
+        for network in (self.actor, self.critic):
+            if any(module.training != mode for module in network.modules()):
+                network.set_training_mode(mode)
         self.training = mode
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

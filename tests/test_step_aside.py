@@ -359,10 +359,11 @@ def test_subclasses_of_the_noise_network(accelerate: str, kind: type[nn.Module])
         lambda network: retype(2, LowRank)(network.time_mlp),
         lambda network: network.register_forward_hook(lambda module, inputs, output: output + 0.5),
         lambda network: network.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0], *inputs[1:])),
+        lambda network: setattr(network, "embed", lambda *inputs: 0.5 * NoisePredictionNetwork.embed(network, *inputs)),
         lambda network: setattr(network, "forward", lambda *inputs: 0.5 * NoisePredictionNetwork.forward(network, *inputs)),
         lambda network: setattr(network, "layers", nn.Sequential(*network.layers, nn.Linear(ACTION_DIM, ACTION_DIM))),
     ],
-    ids=["time MLP", "hook", "pre-hook", "own forward", "two linear layers at the end"],
+    ids=["time MLP", "hook", "pre-hook", "own embedding", "own forward", "two linear layers at the end"],
 )
 def test_altered_noise_networks(accelerate: str, alter: Callable[[Any], Any]) -> None:
     plain, model = pair(accelerate)

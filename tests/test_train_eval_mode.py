@@ -124,6 +124,18 @@ def test_set_training_mode(algorithm: type[Any]) -> None:
         assert not any(modes[name] for name in modes if "target" in name)
 
 
+@both
+def test_a_part_in_another_mode_is_put_right(algorithm: type[Any]) -> None:
+    model = small(algorithm)
+    for training in (True, False):
+        model.policy.set_training_mode(training)
+        for network in (model.actor, model.critic):
+            list(network.modules())[-1].train(not training)
+        model.policy.set_training_mode(training)
+        modes = modes_of(model)
+        assert {modes["actor"], modes["critic"]} == {training}
+
+
 @pytest.mark.parametrize("share_features_extractor", [False, True])
 def test_acting_and_targets_leave_the_running_statistics_alone(share_features_extractor: bool) -> None:
     """With learning rates of zero only the statistics of what is trained move, and once for each use in training."""

@@ -23,7 +23,7 @@ from sb3_dipo.diffusion.solvers import SolverTable
 from sb3_dipo.fast.kernels import Kernels, coefficients
 from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers
 from sb3_dipo.fast.trees import map_tensors
-from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest
+from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest, timestep_embedding
 
 if TYPE_CHECKING:
     from sb3_dipo.fast.triton_kernels import TritonKernels
@@ -279,7 +279,7 @@ class FastOps(Ops):
     def __init__(self, inference_dtype: str = "float32", kernels: "Kernels | TritonKernels | None" = None):
         self.inference_dtype = inference_dtype
         self.kernels = kernels
-        self._constants: dict[SolverTable, tuple[th.Tensor, th.Tensor, th.Tensor]] = {}
+        self._constants: dict[tuple[SolverTable, int], tuple[th.Tensor, th.Tensor, th.Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.inference_dtype, self.kernels)
@@ -340,7 +340,8 @@ class FastOps(Ops):
         """See :meth:`sb3_dipo.networks.Ops.reverse_process`."""
         given = (features, initial_noise) if noise is None else (features, initial_noise, noise)
         layers = None
-        if not th.is_grad_enabled() and is_ordinary(*given) and is_known(network, NoisePredictionNetwork):
+        known = is_known(network, NoisePredictionNetwork) and "embed" not in network.__dict__
+        if known and not th.is_grad_enabled() and is_ordinary(*given):
             shape = (features.shape[0], network.splits[0])
             fits = features.shape == (shape[0], network.splits[2]) and initial_noise.shape == shape
             if fits and (noise is None or noise.shape == (len(table.steps), *shape)):
@@ -348,8 +349,8 @@ class FastOps(Ops):
         if layers is None or (layers[0].weight.shape[1], len(layers[-1].weight)) != (sum(network.splits), network.splits[0]):
             return super().reverse_process(network, table, features, initial_noise, noise, clip_sample)
 
-        timesteps, scales, of_kernel = self._constants_of(table, features.device)
-        embedding = network.embed(timesteps)
+        times, scales, of_kernel = self._constants_of(table, network.time_embed_dim, features.device)
+        embedding = self.mlp(network.time_mlp, times)
         kernels = self.kernels_for(features, layers, rounded=True)
         if kernels is not None:
             return kernels.reverse_process(layers, of_kernel, embedding, features, initial_noise, noise, clip_sample)
@@ -361,14 +362,17 @@ class FastOps(Ops):
         each = iter((of_state + of_time.unsqueeze(1)).unbind()) if few else (of_state + row for row in of_time)
         return sample(table, lambda x, step: mlp(next(each), x), initial_noise, noise, clip_sample, scales)
 
-    def _constants_of(self, table: SolverTable, device: th.device) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Timesteps, noise scales and the kernel's coefficients: a copy from the host has no place in a CUDA graph."""
-        found = self._constants.get(table)
+    def _constants_of(self, table: SolverTable, dim: int, device: th.device) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Embedded timesteps (without what is learned), noise scales and the kernel's coefficients: a copy from the host has no
+        place in a CUDA graph.
+        """
+        found = self._constants.get((table, dim))
         if found is None or found[0].device != device:
             with th.inference_mode(False):
-                timesteps = table.timesteps_on(device, th.float32)
-                found = timesteps, noise_scales(table, device, th.float32), coefficients(table).to(device)
-            self._constants[table] = found
+                times = timestep_embedding(table.timesteps_on(device, th.float32), dim)
+                found = times, noise_scales(table, device, th.float32), coefficients(table).to(device)
+            self._constants[table, dim] = found
             if len(self._constants) > MAX_TABLES:
                 del self._constants[next(iter(self._constants))]
         return found

@@ -63,14 +63,16 @@ template <class T> class BoundMLP {
     Right<float> on_x{}, on_x_back{};
 
     // An MLP of so many layers, at least two, for passes forward and back. Of its inputs those from `begin` to `end` vary.
-    BoundMLP(Memory &memory, int64_t layers, const Layer *layer, int64_t begin, int64_t end, bool forward, bool back)
+    // For a `single` row, products forward may take the weights between hidden layers as they are.
+    BoundMLP(Memory &memory, int64_t layers, const Layer *layer, int64_t begin, int64_t end, bool forward, bool back,
+             bool single = false)
         : depth(layers - 1), stride(row_stride(layers, layer)) {
         for (int64_t l = 0; l < depth; ++l) {
             const int64_t width = layer[l].outputs, padded = round_up(width, WIDE);
             const auto copy = [&](const float *from) { return from ? memory.copy(from, width, padded) : nullptr; };
             Hidden<T> own{width, copy(layer[l].bias), copy(layer[l].scale), copy(layer[l].shift), 0, {}, {}};
             own.epsilon = static_cast<float>(layer[l].epsilon);
-            if (l && forward) own.forward = pack_weight<T>(memory, layer[l].weight, width, layer[l].inputs);
+            if (l && forward) own.forward = pack_weight<T>(memory, layer[l].weight, width, layer[l].inputs, single);
             if (l && back) own.back = pack_weight_back<T>(memory, layer[l].weight, width, layer[l].inputs);
             hidden.push_back(own);
         }

@@ -32,12 +32,14 @@ static Right<T> pack_transposed(Memory &memory, const T *words, int64_t depth, i
     const int64_t width = panel_width(columns), fours = depth / 4 * 4;
     const uint32_t *from = reinterpret_cast<const uint32_t *>(words);
     uint32_t *to = memory.zeros_unless<uint32_t>(columns % width == 0, round_up(columns, width) * depth);
-    for (int64_t column = 0; column < columns; column += 4) {
-        uint32_t *panel = to + column / width * width * depth + column % width;
-        const int64_t some = std::min<int64_t>(4, columns - column), whole = some == 4 ? fours : 0;
-        for (int64_t i = 0; i < whole; i += 4) transpose(from + column * stride + i, stride, panel + i * width, width);
-        for (int64_t i = whole; i < depth; ++i)
-            for (int64_t j = 0; j < some; ++j) panel[i * width + j] = from[(column + j) * stride + i];
+    for (int64_t start = 0; start < columns; start += width) {  // panels are written in the order of memory
+        const uint32_t *rows = from + start * stride;
+        uint32_t *panel = to + start * depth;
+        const int64_t some = std::min(width, columns - start), whole = some / 4 * 4;
+        for (int64_t i = 0; i < fours; i += 4)
+            for (int64_t j = 0; j < whole; j += 4) transpose(rows + j * stride + i, stride, panel + i * width + j, width);
+        for (int64_t i = 0; i < depth; ++i)
+            for (int64_t j = i < fours ? whole : 0; j < some; ++j) panel[i * width + j] = rows[j * stride + i];
     }
     return {reinterpret_cast<const T *>(to), depth, columns, width * depth, width, width};
 }
@@ -59,10 +61,12 @@ template <class T> static T *round_to_pairs(Memory &memory, const float *from, i
     return pairs;
 }
 
-// The weight of a linear layer, (outputs, inputs), for x W^T, and for the gradient at x.
-template <class T> static Right<T> pack_weight(Memory &memory, const float *weight, int64_t outputs, int64_t inputs) {
+// The weight of a linear layer, (outputs, inputs), for x W^T, as it is for a single row, and for the gradient at x.
+template <class T>
+static Right<T> pack_weight(Memory &memory, const float *weight, int64_t outputs, int64_t inputs, bool single) {
     if constexpr (std::is_same<T, float>::value)
-        return pack_transposed(memory, weight, inputs, outputs, inputs);
+        return single ? Right<T>{weight, inputs, outputs, inputs, 1, 0}
+                      : pack_transposed(memory, weight, inputs, outputs, inputs);
     else
         return pack_transposed(memory, round_to_pairs<T>(memory, weight, outputs * inputs), inputs / 2, outputs, inputs / 2);
 }

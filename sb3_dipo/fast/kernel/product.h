@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -56,7 +57,8 @@ template <class T> struct Left {
 };
 
 // The right factor, (depth, columns), in panels of `width` columns, one or two vectors; panels lie `panel` apart in memory
-// and rows of a panel `step`.
+// and rows of a panel `step`. With width 0 it is not packed, for a single row: columns lie `panel` apart, and
+// their numbers side by side.
 template <class T> struct Right {
     const T *at;
     int64_t depth, columns, panel, step, width;
@@ -128,9 +130,33 @@ static void product_of(int64_t rows, const Left<T> &a, const Right<T> &b, const 
     if (rows - row >= 1) few_rows<1, V>(row, a, b, use);
 }
 
+// One row, whose numbers lie side by side, times a factor that is not packed: SUMS dot products at once.
+template <class Use> static void dot_products(const float *a, const Right<float> &b, const Use &use) {
+    constexpr int C = SUMS < LANES ? SUMS : LANES;
+    for (int64_t column = 0; column < b.columns; column += LANES) {
+        alignas(64) float result[LANES] = {};
+        for (int64_t start = column; start < std::min(column + LANES, b.columns); start += C) {
+            Vector sums[C] = {};
+            const float *columns[C];
+            for (int c = 0; c < C; ++c) columns[c] = b.at + std::min(start + c, b.columns - 1) * b.panel;
+            for (int64_t k = 0; k < b.depth; k += LANES) {
+                const Vector left = load_first(a + k, b.depth - k);
+#pragma GCC unroll 16
+                for (int c = 0; c < C; ++c) sums[c] += left * load_first(columns[c] + k, b.depth - k);
+            }
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) result[start - column + c] = sum(sums[c]);
+        }
+        use(0, column, load(result));
+    }
+}
+
 // Multiply, and call use(row, column, vector) for each vector of the product, whose first number is at that row and column;
-// columns beyond the last one hold anything. A number of it does not depend on the other rows, nor on how many there are.
+// columns beyond the last one hold anything. A number of it does not depend on the other rows, nor, where
+// the factor is packed, on how many there are.
 template <class T, class Use> static void product(int64_t rows, const Left<T> &a, const Right<T> &b, const Use &use) {
+    if constexpr (std::is_same<T, float>::value)
+        if (b.width == 0) return dot_products(a.at, b, use);
     if (b.width == LANES)
         product_of<1>(rows, a, b, use);
     else

@@ -9,6 +9,8 @@ struct Step {
     float scale_x, scale_noise, a, b, c, s;
 };
 
+constexpr int64_t FEW_STEPS = 10;  // of one state: packing the weights does not pay for so few products
+
 static inline Vector clipped(Vector x) { return max(all(-1.0f), min(all(1.0f), x)); }
 
 // The network's inputs are action, embedding of the time and features, in this order.
@@ -21,7 +23,7 @@ static void reverse_process(int64_t layers, const Layer *layer, int64_t steps, c
                             int64_t action_dim, int64_t time_dim, int64_t features_dim, const float *embedding,
                             const float *features, const float *noise, bool clip, int64_t threads, float *x) {
     Memory memory;
-    const BoundMLP<T> mlp(memory, layers, layer, 0, action_dim, true, false);
+    const BoundMLP<T> mlp(memory, layers, layer, 0, action_dim, true, false, rows == 1 && steps <= FEW_STEPS);
     const int64_t of_action = action_dim, of_state = action_dim + time_dim, stride = mlp.stride;
     const Right<float> on_time = columns(memory, layer[0], of_action, of_state);
     const Right<float> on_state = columns(memory, layer[0], of_state, of_state + features_dim);
