@@ -59,8 +59,8 @@ def test_a_packed_agent_is_small_and_acts_as_before(scripts: Scripts, tmp_path: 
     model = DIPO("MlpPolicy", "HalfCheetah-v5", learning_starts=10, seed=0, device="cpu", **RECOMMENDED)
     model.learn(13)
     model.save(run / "best_model.zip")
-    printed = scripts.run(EXAMPLES / "paper" / "pack_agent.py", str(run), "--out", "agents", "--episodes", "1", cwd=tmp_path)
-    assert re.search(r"1\.\d MiB, return -?\d+ over 1 episodes", printed)
+    printed = scripts.run(EXAMPLES / "paper" / "pack_agent.py", str(run), "--out", "agents", cwd=tmp_path)
+    assert re.search(r"HalfCheetah-v5\.zip: 1\.\d MiB", printed)
     packed = tmp_path / "agents" / "dipo" / "HalfCheetah-v5_1"
     assert {path.name for path in packed.rglob("*")} == {"HalfCheetah-v5", "HalfCheetah-v5.zip", "config.yml"}
     small = DIPO.load(packed / "HalfCheetah-v5.zip", device="cpu")

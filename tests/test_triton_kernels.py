@@ -55,10 +55,12 @@ def test_the_reverse_process(ops: FastOps, solver: str, norm: bool) -> None:
     normal = drawn(1)
     schedule = make_schedule("ou" if solver == "exponential_integrator" else "linear", 5)
     table = SOLVERS[solver](schedule, time_grid(5, 5), 0.0)
-    for action_dim, features_dim, widths in ((1, 3, [16]), (6, 17, [WIDE, WIDE]), (17, 40, [33, 33, 33]), (33, 2, [7, 7])):
+    for action_dim, features_dim, widths in ((1, 3, [16]), (6, 17, [WIDE, WIDE]), (17, 40, [33, 33, 33]), (20, 2, [7, 7])):
         network = NoisePredictionNetwork(action_dim, features_dim, widths, nn.Mish, 6)
         network.layers = make_net(normal_numbers(2), action_dim + 6 + features_dim, widths, action_dim, norm)
         network.to(DEVICE)
+        layers = known_layers(network.layers, next(network.parameters()).device)
+        assert ops.kernels is not None and layers is not None and ops.kernels.take(layers)
         for rows, noisy in itertools.product(MANY_ROWS, (True, False)):
             features, start = normal(rows, features_dim), normal(rows, action_dim)
             noise = normal(5, rows, action_dim) if noisy else None

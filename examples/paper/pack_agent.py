@@ -14,12 +14,10 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from PIL import Image
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
 
 from sb3_dipo import DIPO
 
-SEED = 10_000  # of the episodes that it is judged by, which are none of its training's
+SEED = 10_000  # of the episode that is filmed, which is none of its training's
 MIB = 2**20
 
 
@@ -69,19 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="the zoo's folder of a training of DIPO")
     parser.add_argument("--out", type=Path, default=Path("examples/agents"), help="where it is copied to (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=10, help="that it is judged by (%(default)s)")
     parser.add_argument("--gif", type=Path, help="film it, too, and write the GIF there")
     parser.add_argument("--frames", type=int, default=75, help="pictures of the GIF (%(default)s)")
     parser.add_argument("--width", type=int, default=320, help="of the GIF, in pixels (%(default)s)")
     args = parser.parse_args()
     path = pack(args.run, args.out)
-    env_id, model = path.stem, DIPO.load(path, device="cpu")
-    env = Monitor(gym.make(env_id))
-    env.reset(seed=SEED)
-    returns, _ = evaluate_policy(model, env, n_eval_episodes=args.episodes, return_episode_rewards=True)
-    print(f"{path}: {path.stat().st_size / MIB:.1f} MiB, return {np.mean(returns):.0f} over {args.episodes} episodes.")
+    print(f"{path}: {path.stat().st_size / MIB:.1f} MiB")
     if args.gif:
-        film(model, env_id, args.gif, args.frames, args.width)
+        film(DIPO.load(path, device="cpu"), path.stem, args.gif, args.frames, args.width)
         print(f"{args.gif}: {args.gif.stat().st_size / MIB:.2f} MiB")
 
 

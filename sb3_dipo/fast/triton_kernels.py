@@ -275,8 +275,9 @@ def _adam_step(
     rows,
     action_dim,
     max_norm,
-    beta1,
+    share1,  # 1 - beta1, which float32 must not subtract
     beta2,
+    share2,  # 1 - beta2
     rate,  # over 1 - beta1^step
     correction,  # 1 - beta2^step
     epsilon,
@@ -300,8 +301,8 @@ def _adam_step(
         gradient = _chosen(gradients, values, place, rows, action_dim, CRITICS, MEAN) * factor
         first = tl.load(moments + place, mask=inside, other=0.0)
         second = tl.load(moments + size + place, mask=inside, other=0.0)
-        first += (gradient - first) * (1 - beta1)
-        second = second * beta2 + gradient * gradient * (1 - beta2)
+        first += (gradient - first) * share1
+        second = second * beta2 + gradient * gradient * share2
         tl.store(moments + place, first, mask=inside)
         tl.store(moments + size + place, second, mask=inside)
         action = tl.load(actions + place, mask=inside, other=0.0)
@@ -336,7 +337,7 @@ class TritonKernels:
     def tried(self) -> "TritonKernels":
         """Themselves, after a first launch, which raises an error where none can be compiled."""
         one = th.zeros(2, 1, device=self.device_type)
-        _adam_step[(1,)](one, *[one] * 5, 1, 1, *[1.0] * 6, CRITICS=1, MEAN=True, BOUNDED=False, BLOCKS=1, ELEMENTS=ELEMENTS)
+        _adam_step[(1,)](one, *[one] * 5, 1, 1, *[1.0] * 7, CRITICS=1, MEAN=True, BOUNDED=False, BLOCKS=1, ELEMENTS=ELEMENTS)
         return self
 
     def take(self, *mlps: Sequence[Layer]) -> bool:
@@ -412,14 +413,14 @@ class TritonKernels:
         """See :meth:`sb3_dipo.fast.kernels.Kernels.improve`."""
         with th.no_grad(), th.cuda.device_of(features):  # where Triton launches
             improved = actions.clone(memory_format=th.contiguous_format)
-            (rows, action_dim), number = improved.shape, len(critics)
+            (rows, action_dim), number, (beta1, beta2) = improved.shape, len(critics), betas
             sizes = _Sizes(critics[0], rows, action_dim)
             first = th.stack([layers[0].weight for layers in critics])
             on_state, on_action = first.split([features.shape[1], action_dim], dim=2)
             of_first = th.stack([layers[0].bias for layers in critics]).unsqueeze(1)
             of_state = th.baddbmm(of_first, features.expand(number, -1, -1), on_state.transpose(1, 2))
             hidden, *others = self._packed(critics)
-            back = hidden.transpose(-1, -2).contiguous() if len(critics[0]) > 2 else hidden
+            back = hidden.transpose(-1, -2).contiguous() if steps > 0 and len(critics[0]) > 2 else hidden
             last = th.stack([layers[-1].weight.mean(dim=0) for layers in critics])  # of one output, that is the weight itself
             last_bias = th.stack([layers[-1].bias.mean() for layers in critics])
             values, gradients = improved.new_empty(number, rows), improved.new_empty(number, rows, action_dim)
@@ -439,7 +440,6 @@ class TritonKernels:
                 kept,
                 scratch,
             )
-            at_start = values
             for step in range(1, max(steps, 1) + 1):
                 _value_and_gradient[(sizes.tiles, number)](
                     improved, values, gradients, *matrices, rows, action_dim, BACKWARD=steps > 0, **sizes.options
@@ -457,9 +457,11 @@ class TritonKernels:
                         rows,
                         action_dim,
                         max_norm,
-                        *betas,
-                        rate / (1 - betas[0] ** step),
-                        1 - betas[1] ** step,
+                        1 - beta1,
+                        beta2,
+                        1 - beta2,
+                        rate / (1 - beta1**step),
+                        1 - beta2**step,
                         epsilon,
                         CRITICS=number,
                         MEAN=mean,
