@@ -50,6 +50,7 @@ from torch.nn import functional as F
 from sb3_dipo import DIPO, RECOMMENDED, improve_actions
 
 TEN = {"num_train_timesteps": 100, "num_inference_steps": 10, "solver": "dpmpp_2m", "timestep_spacing": "lambda"}
+OWN = RECOMMENDED["policy_kwargs"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "DIPO K=100": {"policy_kwargs": {"num_train_timesteps": 100}},
     "DIPO K=100 bfloat16": {"policy_kwargs": {"num_train_timesteps": 100, "inference_dtype": "bfloat16"}},
@@ -57,11 +58,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DIPO recommended": RECOMMENDED,
     "DIPO recommended bfloat16": {
         **RECOMMENDED,
-        "policy_kwargs": {**RECOMMENDED["policy_kwargs"], "inference_dtype": "bfloat16"},
+        "policy_kwargs": {**OWN, "inference_dtype": "bfloat16"},
     },
     "DIPO few-step": {**RECOMMENDED, "policy_kwargs": TEN},
     "DIPO flow": {**RECOMMENDED, "policy_kwargs": {"actor": "flow"}},
     "DIPO flow quantile": {**RECOMMENDED, "policy_kwargs": {"actor": "flow", "critic": "quantile"}},
+    # one option each
+    "DIPO quantile": {**RECOMMENDED, "policy_kwargs": {**OWN, "critic": "quantile"}},
+    "DIPO layer_norm": {**RECOMMENDED, "policy_kwargs": {**OWN, "layer_norm": True}},
+    "DIPO best of 4": {**RECOMMENDED, "policy_kwargs": {**OWN, "samplers": {"behaviour": {"num_candidates": 4}}}},
+    "DIPO bound": {**RECOMMENDED, "max_action_shift": 0.5},
+    "DIPO from the policy": {**RECOMMENDED, "action_gradient_start": "policy"},
 }
 REDUCED_PARTS = ("target sampling", "action gradient")  # of an update: where products are done in `inference_dtype`
 NAIVE = "naive DIPO K=100"
@@ -289,12 +296,13 @@ def floor(env: VecEnv, setting: dict[str, Any], batch_size: int, peaks: dict[str
     kwargs, ascents = setting["policy_kwargs"], setting.get("action_gradient_steps", 20)
     is_flow, is_quantile = kwargs.get("actor") == "flow", kwargs.get("critic") == "quantile"
     steps = kwargs.get("num_inference_steps") or (5 if is_flow else kwargs["num_train_timesteps"])
+    samplings = 2 if setting.get("action_gradient_start") == "policy" else 1
     on_state, time_mlp = obs_dim * WIDTHS[0], macs(EMBEDDING, WIDTHS[0], EMBEDDING)
     outputs = 25 if is_quantile else 1  # of a critic, whose mean is climbed
     critic, actor = macs(obs_dim + action_dim, *WIDTHS, outputs), macs(action_dim + EMBEDDING + obs_dim, *WIDTHS, action_dim)
     no_gradient = (obs_dim + action_dim) * WIDTHS[0]  # of inputs that are data
     per_row = {
-        "target sampling": on_state + steps * macs(action_dim, *WIDTHS, action_dim),
+        "target sampling": samplings * (on_state + steps * macs(action_dim, *WIDTHS, action_dim)),
         "critic step": 2 * (critic + 3 * critic - no_gradient),  # target; forward, gradients of weights and of inputs
         # back only through the smaller of two Q, but through both of which the mean counts
         "action gradient": 2 * on_state + ascents * (4 if is_quantile else 3) * macs(action_dim, *WIDTHS, 1),

@@ -2,7 +2,7 @@
 
     python examples/paper/learning_curves.py --envs HalfCheetah-v5 Hopper-v5 --algorithms dipo sac td3
     python examples/paper/learning_curves.py --algorithms dipo sac tqc crossq --baselines zoo --results examples/results/zoo
-    python examples/paper/learning_curves.py --algorithms dipo sac --jobs 8 --device cuda --gpus-per-run 0.125
+    python examples/paper/learning_curves.py --algorithms dipo sac --jobs 8 --device cuda --gpus-per-run 1
     python examples/paper/learning_curves.py --algorithms dipo sac --address auto --out /shared/curves
 
 A training that was cut off goes on with the same command, and one that has finished is not started again. `--jobs` above 1
