@@ -1,6 +1,5 @@
 """What DIPO does a little differently from SB3's ``OffPolicyAlgorithm``, around the updates themselves."""
 
-import copy
 import io
 import math
 import pathlib
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
@@ -46,6 +46,11 @@ ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
 """Each argument that is checked, and its check, which returns the value or raises a ValueError that names the argument."""
 
 
+def skip_next(owner: Any, method: str) -> None:
+    """Let the next call of a method do nothing."""
+    setattr(owner, method, lambda *args, **kwargs: delattr(owner, method))
+
+
 class DIPOBase(OffPolicyAlgorithm):
     """Set-up, learning rates, ``learn()``, saving and loading of :class:`~sb3_dipo.DIPO`, whose arguments it has."""
 
@@ -61,7 +66,7 @@ class DIPOBase(OffPolicyAlgorithm):
     qf_learning_rate: Any
     _qf_lr_schedule: Schedule | None
     accelerate: str
-    samplers: dict[str, dict[str, Any]] | None
+    samplers: dict[str, Any] | None
 
     # ------------------------------------------------------------------------------------------------- set-up
 
@@ -77,8 +82,10 @@ class DIPOBase(OffPolicyAlgorithm):
         self.replay_buffer_class = None if given_class is None else type(self.replay_buffer)
         self.replay_buffer_kwargs = given_kwargs
 
-        for use, settings in (self.samplers or {}).items():
-            self.policy.set_sampler(use, **settings)
+        saved: dict[str, Any] = self.samplers or {}
+        if saved.get("of", self.policy_kwargs) == self.policy_kwargs:  # else the caller of load() has changed the policy
+            for use, settings in saved.get("uses", saved).items():  # up to version 0.2.0 the file held the uses alone
+                self.policy.set_sampler(use, **settings)
         self.samplers = None
         self.actor, self.actor_target = self.policy.actor, self.policy.actor_target
         self.critic, self.critic_target = self.policy.critic, self.policy.critic_target
@@ -151,7 +158,7 @@ class DIPOBase(OffPolicyAlgorithm):
         if isinstance(self.train_freq, list):
             self.train_freq = tuple(self.train_freq)
         if isinstance(self.train_freq, tuple):
-            check_int("train_freq", self.train_freq[0], 1)
+            self.train_freq = (check_int("train_freq", self.train_freq[0], 1), *self.train_freq[1:])
         else:
             self.train_freq = check_int("train_freq", self.train_freq, 1)
         if self.max_action_shift is not None:
@@ -237,11 +244,10 @@ class DIPOBase(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         # SB3 resets the action noise, even in the middle of an episode that goes on
         episode_goes_on = not reset_num_timesteps and self._last_obs is not None
-        action_noise = copy.deepcopy(self.action_noise) if episode_goes_on else None
-        prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if type(action_noise) is type(self.action_noise):
-            self.action_noise = action_noise
-        return prepared
+        new = self.n_envs > 1 and not isinstance(self.action_noise, VectorizedActionNoise)  # SB3 will make one of it
+        if episode_goes_on and self.action_noise is not None and not new:
+            skip_next(self.action_noise, "reset")
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def _warn_if_nothing_is_learned(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
         assert isinstance(self.train_freq, TrainFreq)
@@ -265,7 +271,7 @@ class DIPOBase(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """As SB3's."""
-        self.samplers = self.policy.sampler_settings()
+        self.samplers = {"of": self.policy_kwargs, "uses": self.policy.sampler_settings()}
         try:
             super().save(path, exclude, include)
         finally:

@@ -31,6 +31,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_dipo import checkpoint_folder as folders
 from sb3_dipo import env_state
+from sb3_dipo.base import skip_next
 from sb3_dipo.buffers import IMPROVED
 from sb3_dipo.checks import check_int
 from sb3_dipo.dipo import DIPO
@@ -104,8 +105,9 @@ def _write(model: BaseAlgorithm, path: pathlib.Path) -> None:
     vec_normalize = unwrap_vec_normalize(env)
     if vec_normalize is not None:
         vec_normalize.save(str(path / "vecnormalize.pkl"))
-    episode = model._last_obs is not None and not cut
-    state = {**env_state.get_state(env, episode), "episode": episode}
+    stopped = rollout is None and _stopped_in_a_step(model)
+    episode = model._last_obs is not None and not cut and not stopped
+    state = {**env_state.get_state(env, episode), "episode": episode, "stopped": stopped}
     (path / "environment.pkl").write_bytes(pickle.dumps(state))
     (path / "random.json").write_text(json.dumps(_random_state(model)))
     with (path / "exploration.pt").open("wb") as file:
@@ -199,7 +201,9 @@ def load_checkpoint(
         _set_exploration_state(model, path / "exploration.pt")
     else:
         lost = env_state.lost_wrappers(state) if state else []
-        if lost:
+        if state is not None and state.get("stopped"):
+            _warn_of_drop("Training had been stopped in a step that the environment took and SB3 did not store.")
+        elif lost:
             _warn_of_drop(
                 f"The checkpoint does not hold the state of {', '.join(lost)}, which needs methods `get_env_state()` and "
                 "`set_env_state(state)` for that."
@@ -307,6 +311,12 @@ def _with_statistics(env: VecEnv, path: pathlib.Path) -> VecEnv:
         return VecNormalize.load(str(path), env)
     saved = vars(pickle.loads(path.read_bytes()))
     check_for_correct_spaces(own, saved["observation_space"], saved["action_space"])
+    for name in ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys"):
+        if getattr(own, name) != saved[name]:
+            raise ValueError(
+                f"`env` must have a VecNormalize with `{name}={saved[name]}`, as the checkpoint's had, or none, not one with "
+                f"`{name}={getattr(own, name)}`."
+            )
     vars(own).update({name: value for name, value in saved.items() if name not in ("venv", "num_envs", "render_mode")})
     return env
 
@@ -362,15 +372,24 @@ def _running_rollout(model: BaseAlgorithm) -> dict[str, Any] | None:
     return None
 
 
+def _stopped_in_a_step(model: BaseAlgorithm) -> bool:
+    """
+    Whether the environment is a step ahead of the agent: where a callback stops training, or the user interrupts it, SB3 does
+    not store the step that was taken. It tells its progress after it has stored one.
+    """
+    total: Any = model._total_timesteps
+    return bool(total) and model._current_progress_remaining != 1.0 - float(model.num_timesteps) / float(total)
+
+
 def _exploration_state(model: BaseAlgorithm, sampled: bool) -> dict[str, Any]:
     """
     What acts in the next rollout and is in neither ``model.zip`` nor the environment: the last observations and the like,
     which SB3's ``load`` may set anew, and the matrices of gSDE, which a rollout samples before its callbacks are called.
     """
-    matrices, explorer = {}, _explorer(model)
-    if model.use_sde and (sampled or "reset_noise" in vars(explorer)):
+    matrices = {}
+    if model.use_sde and (sampled or "reset_noise" in vars(_explorer(model))):
         names = ("exploration_mat", "exploration_matrices")
-        matrices = {name: getattr(explorer.action_dist, name).detach() for name in names}
+        matrices = {name: getattr(_explorer(model).action_dist, name).detach() for name in names}
     last = {name: value for name, value in vars(model).items() if name.startswith("_last_")}
     return {"matrices": matrices, "last": last}
 
@@ -380,20 +399,15 @@ def _set_exploration_state(model: BaseAlgorithm, path: pathlib.Path) -> None:
     vars(model).update(state["last"])
     if state["matrices"]:
         vars(_explorer(model).action_dist).update(state["matrices"])
-        _skip_next(_explorer(model), "reset_noise")
+        skip_next(_explorer(model), "reset_noise")  # as it was called before the checkpoint
     # SB3's learn() resets the noise, even in the middle of an episode; DIPO's does not
     if getattr(model, "action_noise", None) is not None and not isinstance(model, DIPO):
-        _skip_next(model.action_noise, "reset")
+        skip_next(model.action_noise, "reset")
 
 
 def _explorer(model: Any) -> Any:
     """What samples the matrices of gSDE."""
     return model.actor if isinstance(model, OffPolicyAlgorithm) else model.policy
-
-
-def _skip_next(owner: Any, method: str) -> None:
-    """Let the next call of a method do nothing, as it was made before the checkpoint."""
-    setattr(owner, method, lambda *args, **kwargs: delattr(owner, method))
 
 
 # ------------------------------------------------------------------------------------------------- random generators

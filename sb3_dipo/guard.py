@@ -51,6 +51,10 @@ class Guard:
         :param max_grad_norm: largest L2 norm of the gradient, above 0
         :raises NonFiniteLossError: if the loss or its gradient is not finite; nothing is changed then
         """
+        if loss.requires_grad:  # else all parameters are frozen
+            self._step(name, optimizer, loss, max_grad_norm)
+
+    def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         grad_norm = clipped_gradient(optimizer, loss, max_grad_norm)
         if not th.isfinite(loss.detach() + grad_norm):
             optimizer.zero_grad()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from checkpoint_run import WalkEnv, WalkWithoutState, fingerprint, make_env, mak
 from envs import goal_envs, small_dipo
 from gymnasium.wrappers import TimeLimit
 from sb3_contrib import TQC, CrossQ, RecurrentPPO
-from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
@@ -200,6 +201,14 @@ def test_other_algorithms_go_on(name: str, n_envs: int, tmp_path: Path) -> None:
         resumed.learn(64 - resumed.num_timesteps, reset_num_timesteps=False)
         assert fingerprint(resumed) == fingerprint(model), checkpoint
         assert type(getattr(resumed, "replay_buffer", None)) is type(getattr(model, "replay_buffer", None))
+
+
+def test_dqn(tmp_path: Path) -> None:
+    """It has no actor."""
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=8, batch_size=8, buffer_size=100, device="cpu")
+    model.learn(20, callback=ExactCheckpointCallback(10, tmp_path))
+    resumed = load_checkpoint(tmp_path, gym.make("CartPole-v1"), DQN)
+    assert (resumed.num_timesteps, resumed.replay_buffer.pos) == (20, 20)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------- other environments
@@ -378,6 +387,35 @@ def test_in_the_middle_of_a_rollout(where: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="in the middle of a rollout"):
         model.learn(30, callback=Saves(tmp_path, where))
     assert load_checkpoint(tmp_path, make_env())._last_obs is None
+
+
+class Ends(BaseCallback):
+    """Stops training after 21 steps, or is interrupted then."""
+
+    def __init__(self, interrupted: bool):
+        super().__init__()
+        self.interrupted = interrupted
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 21 and self.interrupted:
+            raise KeyboardInterrupt
+        return self.num_timesteps < 21
+
+
+@pytest.mark.parametrize("algorithm", [DIPO, SAC, PPO])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_stopped_in_a_step(interrupted: bool, algorithm: type[Any], tmp_path: Path) -> None:
+    """The environment has taken a step that SB3 has not stored: the episode cannot go on."""
+    settings = {"n_steps": 8, "batch_size": 8} if algorithm is PPO else {"learning_starts": 8, "batch_size": 8}
+    model = algorithm("MlpPolicy", make_env(n_envs=1), seed=1, device="cpu", **settings)
+    model.learn(16)
+    save_checkpoint(model, tmp_path)
+    assert load_checkpoint(tmp_path, make_env(n_envs=1), algorithm)._last_obs is not None
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        model.learn(30, callback=Ends(interrupted), reset_num_timesteps=False)
+    save_checkpoint(model, tmp_path)
+    with pytest.warns(UserWarning, match="stopped in a step"):
+        assert load_checkpoint(tmp_path, make_env(n_envs=1), algorithm)._last_obs is None
 
 
 def test_between_rollouts_by_a_callback_of_the_user(tmp_path: Path) -> None:
@@ -630,6 +668,8 @@ def test_other_environments(folder: Path) -> None:
         load_checkpoint(folder, VecNormalize(VecFrameStack(make_env(normalize=False), 2)))
     with pytest.raises(ValueError, match=r"`n_envs` must be the agent's"):
         load_checkpoint(folder, make_env(n_envs=1))
+    with pytest.raises(ValueError, match=r"`norm_reward=True`.*not one with `norm_reward=False`"):
+        load_checkpoint(folder, VecNormalize(make_env(normalize=False), norm_reward=False))
     with pytest.raises(ValueError, match=r"must be wrapped as the checkpoint's was"):
         load_checkpoint(folder, VecNormalize(DummyVecEnv([lambda: TimeLimit(WalkEnv(), 7)] * 2)))
 

@@ -257,7 +257,33 @@ CHANGES: dict[str, Callable[[DIPO], object]] = {
     "a hook": lambda model: model.critic.get_submodule("qf0").register_forward_hook(lambda module, inputs, output: 2 * output),
     "another layer": lambda model: setattr(model.critic.get_submodule("qf0"), "3", th.nn.Tanh()),
     "another optimizer": lambda model: renew_optimizer(model),
+    "the rate of a group, and another schedule": lambda model: set_rates(model),
+    "a loaded optimizer, and another schedule": lambda model: load_optimizer(model),
+    "moments": lambda model: model.critic.optimizer.state.clear(),
+    "a hook at a gradient": lambda model: next(model.critic.parameters()).register_hook(lambda gradient: 0 * gradient),
+    "a hook behind a module": lambda model: model.critic.get_submodule("qf0.2").register_full_backward_hook(halve),
+    "a hook before steps": lambda model: model.actor.optimizer.register_step_pre_hook(halve_gradients),
+    "clip_sample": lambda model: vars(model.actor_target).update(clip_sample=False),
 }
+
+
+def set_rates(model: DIPO) -> None:
+    model.actor.optimizer.param_groups[0]["lr"] = 1e-3
+    model.lr_schedule = lambda _: 1e-2
+
+
+def load_optimizer(model: DIPO) -> None:
+    model.critic.optimizer.load_state_dict(copy.deepcopy(model.critic.optimizer.state_dict()))
+    model.lr_schedule = lambda _: 1e-2
+
+
+def halve(module: th.nn.Module, of_inputs: Any, of_outputs: Any) -> Any:
+    return tuple(0.5 * each for each in of_inputs)
+
+
+def halve_gradients(optimizer: th.optim.Optimizer, *_: Any) -> None:
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad.mul_(0.5)
 
 
 def move(policy: th.nn.Module) -> None:
@@ -270,7 +296,6 @@ def renew_optimizer(model: DIPO) -> None:
     """As a user does who wants to forget its moments."""
     old: Any = model.actor.optimizer
     model.actor.optimizer = type(old)(old.param_groups[0]["params"], lr=3e-4, eps=1e-5)
-    model._prepare_optimizers()
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -157,6 +158,32 @@ def test_action_noise(noise_class: type[Any], n_envs: int) -> None:
     if noise_class is NormalActionNoise:
         model.learn(30)
         assert model.replay_buffer is not None and (model.replay_buffer.actions[: model.replay_buffer.pos] == 1).all()
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_the_users_noise_stays_and_goes_on(n_envs: int) -> None:
+    class Locked(OrnsteinUhlenbeckActionNoise):
+        def __init__(self) -> None:
+            super().__init__(np.zeros(2), np.full(2, 0.3))
+            self.lock = threading.Lock()  # cannot be copied
+
+    noise: Any = Locked() if n_envs == 1 else VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), n_envs)
+    resets: list[bool] = []
+    model = small_dipo(tiny_envs(n_envs), action_noise=noise, learning_starts=0)
+    model.learn(3)
+    noise.reset = lambda *args: resets.append(True)
+    model.learn(n_envs, reset_num_timesteps=False)  # no episode ends in it
+    assert model.action_noise is noise and not resets
+
+
+@pytest.mark.parametrize("accelerate", ["off", "auto", "compile"])
+def test_a_frozen_actor_lets_the_critics_learn(accelerate: str) -> None:
+    model = small_dipo(accelerate=accelerate)
+    model.actor.requires_grad_(False)
+    before = everything_learned(model)
+    model.learn(15)
+    changed = differences(before, everything_learned(model))
+    assert any(name.startswith("critic.") for name in changed) and not any(name.startswith("actor.") for name in changed)
 
 
 def test_learns_from_a_float_number_of_steps() -> None:

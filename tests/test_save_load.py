@@ -615,6 +615,23 @@ def test_a_shorter_process_on_load_takes_all_its_steps(tmp_path: pathlib.Path) -
     assert loaded.predict(np.zeros(3, dtype=np.float32))[0].shape == (2,)
 
 
+def test_other_options_of_sampling_on_load(tmp_path: pathlib.Path) -> None:
+    """They count, and what was set with `set_sampler` before does where none are given."""
+    model = small_dipo(policy_kwargs={"net_arch": [8], "num_train_timesteps": 4, "num_inference_steps": 4})
+    model.policy.set_sampler("behaviour", num_candidates=2)
+    model.save(tmp_path / "model")
+    assert DIPO.load(tmp_path / "model").policy.samplers == model.policy.samplers
+    given = {
+        **model.policy_kwargs,
+        "num_train_timesteps": 3,
+        "num_inference_steps": 2,
+        "noise_scale": 0.5,
+        "num_candidates": 3,
+    }
+    loaded = DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given})
+    assert loaded.policy.samplers["behaviour"] == Sampler(num_inference_steps=2, noise_scale=0.5, num_candidates=3)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_policy_can_be_traced() -> None:
     """As SB3's documentation on exporting models does it."""

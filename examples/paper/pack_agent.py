@@ -11,9 +11,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
 from PIL import Image
+from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 
 from sb3_dipo import DIPO
 
@@ -47,20 +46,30 @@ def pack(run: Path, out: Path) -> Path:
     return folder / f"{env_id}.zip"
 
 
-def film(model: DIPO, env_id: str, path: Path, frames: int, width: int) -> None:
-    """Write a GIF of the beginning of an episode of a MuJoCo task, every second picture of it, which follows the body."""
-    env = gym.make(env_id, render_mode="rgb_array", camera_name="track", width=width, height=width * 5 // 8)
-    obs, _ = env.reset(seed=SEED)
+def film(path: Path, gif: Path, frames: int, width: int) -> None:
+    """
+    Write a GIF of the beginning of an episode of a MuJoCo task, every second picture of it, which follows the body. The
+    environment is wrapped as in training.
+
+    :param path: the file of an agent, in the zoo's layout
+    """
+    hyperparams, stats = get_saved_hyperparams(str(path.with_suffix("")), test_mode=True)
+    camera = dict(render_mode="rgb_array", camera_name="track", width=width, height=width * 5 // 8)
+    env = create_test_env(path.stem, 1, stats, SEED, hyperparams=hyperparams, env_kwargs=camera)
+    model, obs = DIPO.load(path, device="cpu"), env.reset()
     pictures: list[Image.Image] = []
     done = False
     while not done and len(pictures) < frames:
         for _ in range(2):
-            action, _ = model.predict(obs, deterministic=True)
-            obs, _, terminated, truncated, _ = env.step(action)
-            done = done or terminated or truncated
-        pictures.append(Image.fromarray(np.asarray(env.render())).quantize(48))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=int(2_000 * env.unwrapped.dt), loop=0)  # type: ignore[attr-defined]
+            action, _ = model.predict(obs, deterministic=True)  # type: ignore[arg-type]
+            obs, _, (now,), _ = env.step(action)
+            done = done or bool(now)
+        picture = env.render()
+        assert picture is not None
+        pictures.append(Image.fromarray(picture).quantize(48))
+    gif.parent.mkdir(parents=True, exist_ok=True)
+    (step,) = env.get_attr("dt")
+    pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=int(2_000 * step), loop=0)
 
 
 def main() -> None:
@@ -74,7 +83,7 @@ def main() -> None:
     path = pack(args.run, args.out)
     print(f"{path}: {path.stat().st_size / MIB:.1f} MiB")
     if args.gif:
-        film(DIPO.load(path, device="cpu"), path.stem, args.gif, args.frames, args.width)
+        film(path, args.gif, args.frames, args.width)
         print(f"{args.gif}: {args.gif.stat().st_size / MIB:.2f} MiB")
 
 

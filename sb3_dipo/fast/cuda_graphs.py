@@ -61,6 +61,8 @@ class CapturableGuard(FusedGuard):
 
     def set_learning_rate(self, optimizer: th.optim.Optimizer, learning_rate: float) -> None:
         """As SB3's ``update_learning_rate``."""
+        if not all(isinstance(group["lr"], th.Tensor) for group in optimizer.param_groups):
+            self.prepare(optimizer)  # it is the user's, or has the user's rate
         for group in optimizer.param_groups:
             group["lr"].fill_(learning_rate)
 
@@ -73,7 +75,7 @@ class CapturableGuard(FusedGuard):
             if not flag:
                 raise non_finite(name)
 
-    def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
+    def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         grad_norm = clipped_gradient(optimizer, loss, max_grad_norm)
         self.finite[name].logical_and_(th.isfinite(loss.detach() + grad_norm) | ~self.ok)  # later ones prove nothing
         if all(group.get("fused") for group in optimizer.param_groups):
@@ -238,24 +240,38 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
     names += ("persist_improved_actions", "max_action_shift", "action_gradient_start")
     uses = ("target", "behaviour") if model.action_gradient_start == "policy" else ("target",)
     settings = (*(getattr(model, name) for name in names), *(model.policy.samplers[use] for use in uses))
-    optimizers = [
-        (id(optimizer), name, value)
-        for optimizer in (model.actor.optimizer, model.critic.optimizer)
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if name not in ("params", "lr")
-    ]
-    trained = [parameter.requires_grad for parameter in model.policy.parameters()]
+    optimizers: list[Any] = []
+    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+        optimizers += [id(optimizer), _hooks(optimizer, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+        optimizers += [
+            _place(value) if name == "lr" else repr(value)
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name != "params"
+        ]
+        optimizers += [_place(value) for state in optimizer.state.values() for value in state.values()]
+    trained = [(parameter.requires_grad, _hooks(parameter, "_backward_hooks")) for parameter in model.policy.parameters()]
     storage = getattr(replay_buffer, "improved_actions", None)
     places = (id(replay_buffer), storage.data_ptr() if isinstance(storage, th.Tensor) else None)
     where = (places, model._vec_normalize_env is None)
-    return "update", batch_size, move_actor_target, settings, repr(optimizers), tuple(trained), where, _made_of(model.policy)
+    return "update", batch_size, move_actor_target, settings, tuple(optimizers), tuple(trained), where, _made_of(model.policy)
 
 
 def _made_of(policy: Any) -> Hashable:
-    """The modules of a policy, their hooks and modes, and where their tensors are."""
+    """The modules of a policy, their hooks, modes and options, and where their tensors are."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = [
-        (id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
-        for module in policy.modules()
+        (id(module), module.training, _hooks(module, *hooks), getattr(module, "eps", None)) for module in policy.modules()
     ]
-    return tuple(modules), tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
+    networks = (policy.actor, policy.actor_target, policy.critic, policy.critic_target)
+    options = [value for network in networks for value in vars(network).values() if isinstance(value, (int, float, str))]
+    return tuple(modules), tuple(options), tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
+
+
+def _hooks(owner: Any, *kinds: str) -> tuple[int, ...]:
+    """How many hooks there are of each kind."""
+    return tuple(len(getattr(owner, kind) or ()) for kind in kinds)
+
+
+def _place(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, th.Tensor) else value

@@ -34,10 +34,9 @@ class FusedGuard(Guard):
                     if isinstance(state.get("step"), th.Tensor):  # of a file, perhaps from another device
                         state["step"] = state["step"].to(parameter.device, th.float32)
 
-    def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
-        """See :meth:`sb3_dipo.guard.Guard.step`."""
+    def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         if self.kernels is None or not is_plain_adam(optimizer):
-            super().step(name, optimizer, loss, max_grad_norm)
+            super()._step(name, optimizer, loss, max_grad_norm)
             _tell_autograd(optimizer)
             return
         optimizer.zero_grad()
