@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -49,6 +50,31 @@ ARGUMENTS: dict[str, Callable[[str, Any], Any]] = {
 def skip_next(owner: Any, method: str) -> None:
     """Let the next call of a method do nothing."""
     setattr(owner, method, lambda *args, **kwargs: delattr(owner, method))
+
+
+def stopped_in_a_step(model: BaseAlgorithm) -> bool:
+    """
+    Whether the environment is a step ahead of the agent: where a callback stops training, or the user interrupts it, SB3 does
+    not store the step that was taken. It tells its progress after it has stored one.
+    """
+    total: Any = model._total_timesteps
+    return bool(total) and model._current_progress_remaining != 1.0 - float(model.num_timesteps) / float(total)
+
+
+def drop_running_episode(model: BaseAlgorithm) -> None:
+    """Its last transition is followed by one of another episode."""
+    replay_buffer: Any = getattr(model, "replay_buffer", None)
+    if replay_buffer is None or replay_buffer.size() == 0:
+        return
+    last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
+    if isinstance(replay_buffer, HerReplayBuffer):
+        with warnings.catch_warnings():  # SB3's, that it does what is asked for here
+            warnings.simplefilter("ignore")
+            replay_buffer.truncate_last_trajectory()
+    elif isinstance(replay_buffer, NStepReplayBuffer):
+        replay_buffer.timeouts[last] = 1 - replay_buffer.dones[last]
+    elif replay_buffer.optimize_memory_usage:
+        replay_buffer.dones[last] = True  # as SB3: its next observation will be overwritten
 
 
 class DIPOBase(OffPolicyAlgorithm):
@@ -242,6 +268,9 @@ class DIPOBase(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if not reset_num_timesteps and stopped_in_a_step(self):
+            drop_running_episode(self)
+            self._last_obs = None  # SB3 resets the environment then
         # SB3 resets the action noise, even in the middle of an episode that goes on
         episode_goes_on = not reset_num_timesteps and self._last_obs is not None
         new = self.n_envs > 1 and not isinstance(self.action_noise, VectorizedActionNoise)  # SB3 will make one of it

@@ -21,17 +21,15 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_dipo import checkpoint_folder as folders
 from sb3_dipo import env_state
-from sb3_dipo.base import skip_next
+from sb3_dipo.base import drop_running_episode, skip_next, stopped_in_a_step
 from sb3_dipo.buffers import IMPROVED
 from sb3_dipo.checks import check_int
 from sb3_dipo.dipo import DIPO
@@ -105,7 +103,7 @@ def _write(model: BaseAlgorithm, path: pathlib.Path) -> None:
     vec_normalize = unwrap_vec_normalize(env)
     if vec_normalize is not None:
         vec_normalize.save(str(path / "vecnormalize.pkl"))
-    stopped = rollout is None and _stopped_in_a_step(model)
+    stopped = rollout is None and stopped_in_a_step(model)
     episode = model._last_obs is not None and not cut and not stopped
     state = {**env_state.get_state(env, episode), "episode": episode, "stopped": stopped}
     (path / "environment.pkl").write_bytes(pickle.dumps(state))
@@ -208,7 +206,7 @@ def load_checkpoint(
                 f"The checkpoint does not hold the state of {', '.join(lost)}, which needs methods `get_env_state()` and "
                 "`set_env_state(state)` for that."
             )
-        _drop_running_episode(model)
+        drop_running_episode(model)
         if model.seed is not None:  # not the same first episode each time
             vec_env.seed(model.seed + model.num_timesteps)
     _set_random_state(model, json.loads((path / "random.json").read_text()))
@@ -321,22 +319,6 @@ def _with_statistics(env: VecEnv, path: pathlib.Path) -> VecEnv:
     return env
 
 
-def _drop_running_episode(model: BaseAlgorithm) -> None:
-    """Its last transition is followed by one of another episode."""
-    replay_buffer: Any = getattr(model, "replay_buffer", None)
-    if replay_buffer is None or replay_buffer.size() == 0:
-        return
-    last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
-    if isinstance(replay_buffer, HerReplayBuffer):
-        with warnings.catch_warnings():  # SB3's, that it does what is asked for here
-            warnings.simplefilter("ignore")
-            replay_buffer.truncate_last_trajectory()
-    elif isinstance(replay_buffer, NStepReplayBuffer):
-        replay_buffer.timeouts[last] = 1 - replay_buffer.dones[last]
-    elif replay_buffer.optimize_memory_usage:
-        replay_buffer.dones[last] = True  # as SB3: its next observation will be overwritten
-
-
 def _save_replay_buffer(model: OffPolicyAlgorithm, file: IO[bytes]) -> None:
     """SB3's buffers save all rows, DIPO's only those that are filled, and so SB3's are saved in the classes of DIPO's."""
     own: Any = model.replay_buffer
@@ -370,15 +352,6 @@ def _running_rollout(model: BaseAlgorithm) -> dict[str, Any] | None:
             return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _stopped_in_a_step(model: BaseAlgorithm) -> bool:
-    """
-    Whether the environment is a step ahead of the agent: where a callback stops training, or the user interrupts it, SB3 does
-    not store the step that was taken. It tells its progress after it has stored one.
-    """
-    total: Any = model._total_timesteps
-    return bool(total) and model._current_progress_remaining != 1.0 - float(model.num_timesteps) / float(total)
 
 
 def _exploration_state(model: BaseAlgorithm, sampled: bool) -> dict[str, Any]:

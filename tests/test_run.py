@@ -418,9 +418,24 @@ def test_callback_can_stop_learning() -> None:
         def _on_step(self) -> bool:
             return self.num_timesteps < 17
 
-    model = small_dipo()
+    class Count(TinyEnv):
+        """Observations count the steps."""
+
+        def reset(self, **kwargs: Any) -> Any:
+            self.count = 0
+            return np.zeros(3, np.float32), super().reset(**kwargs)[1]
+
+        def step(self, action: np.ndarray) -> Any:
+            self.count += 1
+            return np.full(3, self.count, np.float32), 0.0, False, False, {}
+
+    model = small_dipo(Count())
     model.learn(100, callback=Stop())
     assert model.num_timesteps == 17
+    # the last step was taken and not stored: its episode does not go on
+    model.learn(5, reset_num_timesteps=False)
+    buffer: Any = model.replay_buffer
+    np.testing.assert_array_equal((buffer.next_observations - buffer.observations)[: buffer.pos], 1)
 
 
 def test_everything_is_logged(tmp_path: pathlib.Path) -> None:
