@@ -446,7 +446,9 @@ def test_report_of_what_is_there(
 def test_only_a_dipo_has_the_color_of_dipo() -> None:
     shared = importlib.import_module("experiments")
     blue = shared.COLORS["dipo"]
-    for names, which in ((["dipo_k20", "sac"], "dipo_k20"), (["dipo_k20", "dipo", "tqc"], "dipo"), (["mine", "sac"], None)):
+    dozen = [f"variant {number}" for number in range(12)]
+    cases: list[Any] = [(["dipo_k20", "sac"], "dipo_k20"), (["dipo_k20", "dipo", "tqc"], "dipo"), (["mine", "sac"], None)]
+    for names, which in (*cases, (dozen, None)):
         colors = shared.palette(names)
         assert [name for name, color in colors.items() if color == blue] == [which] * (which is not None)
         assert len(set(colors.values())) == len(names)

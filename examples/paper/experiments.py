@@ -18,11 +18,12 @@ COLORS = dict(dipo="tab:blue", sac="tab:orange", td3="tab:green", ppo="tab:red",
 
 
 def palette(names: Collection[str]) -> dict[str, str]:
-    """Colors of algorithms and variants, no two the same; the first DIPO has DIPO's."""
+    """Colors of algorithms and variants, no two of twelve the same; the first DIPO has DIPO's."""
     ours = next((name for name in names if name.startswith("dipo")), "dipo")
     known = COLORS if "dipo" in names else COLORS | {ours: COLORS["dipo"]}
     taken = [known[name] for name in names if name in known]
-    others = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey")
+    others = ["tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:grey"]
+    others += ["tab:orange", "tab:green", "tab:red", "black", "gold", "navy"]
     free = itertools.cycle(color for color in others if color not in taken)
     return {name: known.get(name) or next(free) for name in names}
 
