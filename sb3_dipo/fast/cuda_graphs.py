@@ -242,7 +242,8 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
     settings = (*(getattr(model, name) for name in names), *(model.policy.samplers[use] for use in uses))
     optimizers: list[Any] = []
     for optimizer in (model.actor.optimizer, model.critic.optimizer):
-        optimizers += [id(optimizer), _hooks(optimizer, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        optimizers += (id(optimizer), *map(len, hooks))
         optimizers += [
             _place(value) if name == "lr" else repr(value)
             for group in optimizer.param_groups
@@ -250,7 +251,7 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
             if name != "params"
         ]
         optimizers += [_place(value) for state in optimizer.state.values() for value in state.values()]
-    trained = [(parameter.requires_grad, _hooks(parameter, "_backward_hooks")) for parameter in model.policy.parameters()]
+    trained = [(each.requires_grad, len(each._backward_hooks or ())) for each in model.policy.parameters()]
     storage = getattr(replay_buffer, "improved_actions", None)
     places = (id(replay_buffer), storage.data_ptr() if isinstance(storage, th.Tensor) else None)
     where = (places, model._vec_normalize_env is None)
@@ -258,19 +259,16 @@ def _update_key(model: Any, replay_buffer: Any, batch_size: int, move_actor_targ
 
 
 def _made_of(policy: Any) -> Hashable:
-    """The modules of a policy, their hooks, modes and options, and where their tensors are."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = [
-        (id(module), module.training, _hooks(module, *hooks), getattr(module, "eps", None)) for module in policy.modules()
-    ]
-    networks = (policy.actor, policy.actor_target, policy.critic, policy.critic_target)
-    options = [value for network in networks for value in vars(network).values() if isinstance(value, (int, float, str))]
-    return tuple(modules), tuple(options), tuple(tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers()))
-
-
-def _hooks(owner: Any, *kinds: str) -> tuple[int, ...]:
-    """How many hooks there are of each kind."""
-    return tuple(len(getattr(owner, kind) or ()) for kind in kinds)
+    """The modules of a policy, their hooks, modes and options, and where their tensors are: asked for at every action."""
+    made: list[Any] = []
+    for module in policy.modules():
+        own = module.__dict__  # __getattr__ of modules is slow
+        made += (id(module), own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]))
+        made += (len(own["_backward_hooks"]), len(own["_backward_pre_hooks"]), own.get("eps"))
+        made += [each.data_ptr() for kind in ("_parameters", "_buffers") for each in own[kind].values() if each is not None]
+    for network in (policy.actor, policy.actor_target, policy.critic, policy.critic_target):
+        made += [value for value in vars(network).values() if isinstance(value, (int, float, str))]
+    return tuple(made)
 
 
 def _place(value: Any) -> Any:
