@@ -381,6 +381,10 @@ def synthetic(grid: ModuleType, out: Path) -> list[Any]:
             rows.append(dict(steps=steps, seconds=36 * steps / 100 * (run.seed + 1), returns=returns, lengths=[1, 1]))
         (run.results / "evaluations.json").write_text(json.dumps(rows))
         (run.results / "finished.json").write_text(json.dumps(dict(steps=400, updates_per_step=0.75, device="CPU")))
+        if (run.env, run.name, run.seed) == ("Hopper-v5", "sac", 1):
+            (run.folder / "log.txt").write_text(
+                "Going on after 100 steps\nGoing on after 100 steps\nGoing on after 2000 steps\n"
+            )
         random = out / "evaluations" / f"{run.env}-random.json"
         random.parent.mkdir(exist_ok=True)
         random.write_text(json.dumps({"mean_return": {"H": 20, "R": -45}[run.env[0]]}))
@@ -427,7 +431,8 @@ def test_report_of_what_is_there(
     runs = synthetic(grid, tmp_path)
     labels = dict(dipo="DIPO", sac="SAC")
     text = reports.report(runs, labels, tmp_path, "Test", 400)
-    assert "| Hopper-v5 | DIPO | 2 | 100.0 ± 14.1 | 90.0, 110.0 | 91.7 | 0.75 | 0.06 | CPU |" in text
+    assert "| Hopper-v5 | DIPO | 2 | 100.0 ± 14.1 | 90.0, 110.0 | 106.0 | 91.7 | 0.75 | 0.06 | CPU |" in text
+    assert text.count("Cut off") == 1 and "checkpoints: Hopper-v5, sac, seed 1, at 100, 2,000." in text
     assert "| Reacher-v5 | SAC | -15.0 | [-78.5, +48.5] |" in text and "2 of 2 tasks" in text
     assert {"evaluations.csv", "curves.png", "aggregate.png", "report.md"} <= {path.name for path in tmp_path.iterdir()}
     same = {path: path.read_bytes() for path in tmp_path.glob("*.*")}

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -145,6 +146,13 @@ class Run:
         """Environment steps."""
         progress = self.read("progress.json") or {"steps": 0}
         return self.steps if self.finished else int(progress["steps"])
+
+    @property
+    def went_on_at(self) -> list[int]:
+        """Environment steps of the checkpoints from which it went on."""
+        log = self.folder / "log.txt"
+        found = re.findall(r"Going on after (\d+) steps", log.read_text()) if log.exists() else []
+        return sorted(set(map(int, found)))
 
     def read(self, name: str) -> Any:
         """A file of the results, or None."""

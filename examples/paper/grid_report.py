@@ -37,7 +37,7 @@ def records(runs: Iterable[Run], out: Path) -> dict[Run, Record]:
         if rows := run.read("evaluations.json"):
             spec = json.loads((run.folder / "spec.json").read_text())
             about = dict(run=spec["run"], machine=spec["machine"], versions=spec["versions"])
-            about |= dict(reached=run.reached, finished=run.read("finished.json"))
+            about |= dict(reached=run.reached, finished=run.read("finished.json"), went_on_at=run.went_on_at)
             lines = ",\n".join(json.dumps(row) for row in rows)
             file.parent.mkdir(parents=True, exist_ok=True)
             write(file, f'{json.dumps(about, indent=1)[:-2]},\n "evaluations": [\n{lines}\n]}}\n')
@@ -57,15 +57,15 @@ def collect(kept: dict[Run, Record]) -> pd.DataFrame:
 
 
 def summarise(curves: pd.DataFrame, at: int) -> pd.DataFrame:
-    """One row per run that was evaluated until a number of steps: final return, mean along the curve, hours."""
+    """One row per run that was evaluated until a number of steps: final and best return, mean along the curve, hours."""
     rows = []
     for key, curve in curves[curves.steps <= at].groupby(["env", "algorithm", "seed"], sort=False):
         steps, returns = curve.steps.to_numpy(), curve.mean_return.to_numpy()
         every = np.diff(steps, prepend=0).max()
         if steps[-1] + every > at:
             area = np.trapezoid(returns, steps) / np.ptp(steps) if len(steps) > 1 else returns[0]
-            rows.append((*key, returns[-LAST:].mean(), area, curve.hours.iloc[-1]))
-    return pd.DataFrame(rows, columns=["env", "algorithm", "seed", "final", "area", "hours"])
+            rows.append((*key, returns[-LAST:].mean(), returns.max(), area, curve.hours.iloc[-1]))
+    return pd.DataFrame(rows, columns=["env", "algorithm", "seed", "final", "best", "area", "hours"])
 
 
 def normalise(summary: pd.DataFrame, random: dict[str, float]) -> Scores:
@@ -191,7 +191,7 @@ def draw_aggregate(scores: Scores, means: dict[str, np.ndarray], labels: dict[st
 
 def table(summary: pd.DataFrame, kept: dict[Run, Record], labels: dict[str, str], envs: Iterable[str]) -> str:
     ends = {(run.env, run.name): record["finished"] for run, record in kept.items() if record["finished"]}
-    head = ("task", "algorithm", "n", "final return, mean ± std", "by seed", "area", "updates a step", "hours", "device")
+    head = ("task", "algorithm", "n", "final return ± std", "by seed", "best", "area", "updates a step", "hours", "device")
     lines = []
     for env in envs:
         for name, label in labels.items():
@@ -200,7 +200,8 @@ def table(summary: pd.DataFrame, kept: dict[Run, Record], labels: dict[str, str]
                 finals = (
                     f"{rows.final.mean():,.1f} ± {rows.final.std():,.1f}" if len(rows) > 1 else f"{rows.final.mean():,.1f}"
                 )
-                numbers = (finals, ", ".join(f"{each:,.1f}" for each in rows.final), f"{rows.area.mean():,.1f}")
+                by_seed = ", ".join(f"{each:,.1f}" for each in rows.final)
+                numbers = (finals, by_seed, f"{rows.best.mean():,.1f}", f"{rows.area.mean():,.1f}")
                 how = (end.get("updates_per_step", "?"), f"{rows.hours.mean():.2f}", end.get("device", "?"))
                 lines.append((env, label, len(rows), *numbers, *how))
     return markdown_table(head, lines)
@@ -227,6 +228,9 @@ def remarks(summary: pd.DataFrame, runs: Sequence[Run], kept: dict[Run, Record])
         if (run.env, run.name, run.seed) not in there:
             reached = kept[run]["reached"] if run in kept else run.reached
             lines.append(f"- Missing: {run}, which has {reached:,} of {run.steps:,} steps.")
+    for run, record in kept.items():
+        if steps := ", ".join(f"{step:,}" for step in record.get("went_on_at", [])):
+            lines.append(f"- Cut off, and went on from exact checkpoints: {run}, at {steps}.")
     if len({json.dumps(record["versions"], sort_keys=True) for record in kept.values()}) > 1:
         lines.append("- Beware: the versions of the packages differ between runs (evaluations/).")
     return lines
@@ -252,12 +256,12 @@ def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, a
     head = ("algorithm", "n", "interquartile mean", "from", "to (95 % bootstrap)")
     notes = f"""\
 After {at:,} environment steps. A run's final return is the mean of its last {LAST} evaluations, of the same
-{runs[0].eval_episodes} episodes each; its area is the mean along the curve. Random actions reach
-{", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised scores: 0 is the return of random actions, 1
-the best algorithm's mean; {tasks} of {len(random)} tasks count, those where one is better than random. Hours are those of
-training, on a machine that other runs may share. With few seeds a bootstrap is too narrow: on one task, its 95 % leave out
-the truth one time in two for two seeds, and one time in four for three. Trust Welch's t then, which assumes that runs are
-normally distributed.
+{runs[0].eval_episodes} episodes each; its best is the highest evaluation, and its area the mean along the curve. Random
+actions reach {", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised scores: 0 is the return of
+random actions, 1 the best algorithm's mean; {tasks} of {len(random)} tasks count, those where one is better than random.
+Hours are those of training, on machines that other runs may share. With few seeds a bootstrap is too narrow: on one task, its
+95 % leave out the truth one time in two for two seeds, and one time in four for three. Trust Welch's t then, which assumes
+that runs are normally distributed.
 """
     versions = next(iter(kept.values()))["versions"]
     about = f"`{command()}`\n\n{', '.join(f'{name} {number}' for name, number in versions.items())}\n"
