@@ -50,8 +50,9 @@ def test_q_beside_what_follows(script: Any, ends: bool, expected: float) -> None
     model = DIPO(
         "MlpPolicy", env, gamma=0.9, seed=0, device="cpu", policy_kwargs=small, action_lr=0.5, action_gradient_steps=1
     )
+    networks: Any = model.critic.q_networks
     with th.no_grad():
-        for network in model.critic.q_networks:
+        for network in networks:
             network[-1].weight.zero_()
             network[-1].bias.fill_(7.0)
     found = script.diagnose(model, script.play(model, env, 2))
@@ -61,7 +62,7 @@ def test_q_beside_what_follows(script: Any, ends: bool, expected: float) -> None
     assert 0 < found["spread"] < 2 and 0 <= found["at edge"] <= 1
 
     with th.no_grad():  # Q grows with the first component of the action alone, which all reach 1 then
-        for network in model.critic.q_networks:
+        for network in networks:
             network[0].weight.zero_()
             network[0].weight[0, 3] = 5.0
             network[0].bias[0] = 10.0
