@@ -50,25 +50,24 @@ from torch.nn import functional as F
 from sb3_dipo import DIPO, RECOMMENDED, improve_actions
 
 TEN = {"num_train_timesteps": 100, "num_inference_steps": 10, "solver": "dpmpp_2m", "timestep_spacing": "lambda"}
-OWN = RECOMMENDED["policy_kwargs"]
+K20 = {"num_train_timesteps": 20}
+LONG = {"action_lr": 0.12, "action_gradient_steps": 5}  # ascent steps
 SETTINGS: dict[str, dict[str, Any]] = {
     "DIPO K=100": {"policy_kwargs": {"num_train_timesteps": 100}},
     "DIPO K=100 bfloat16": {"policy_kwargs": {"num_train_timesteps": 100, "inference_dtype": "bfloat16"}},
-    "DIPO K=20": {"policy_kwargs": {"num_train_timesteps": 20}},
+    "DIPO K=20": {"policy_kwargs": K20},
     "DIPO recommended": RECOMMENDED,
-    "DIPO recommended bfloat16": {
-        **RECOMMENDED,
-        "policy_kwargs": {**OWN, "inference_dtype": "bfloat16"},
-    },
-    "DIPO few-step": {**RECOMMENDED, "policy_kwargs": TEN},
-    "DIPO flow": {**RECOMMENDED, "policy_kwargs": {"actor": "flow"}},
-    "DIPO flow quantile": {**RECOMMENDED, "policy_kwargs": {"actor": "flow", "critic": "quantile"}},
-    # one option each
-    "DIPO quantile": {**RECOMMENDED, "policy_kwargs": {**OWN, "critic": "quantile"}},
-    "DIPO layer_norm": {**RECOMMENDED, "policy_kwargs": {**OWN, "layer_norm": True}},
-    "DIPO best of 4": {**RECOMMENDED, "policy_kwargs": {**OWN, "samplers": {"behaviour": {"num_candidates": 4}}}},
-    "DIPO bound": {**RECOMMENDED, "max_action_shift": 0.5},
-    "DIPO from the policy": {**RECOMMENDED, "action_gradient_start": "policy"},
+    "DIPO long steps": {**LONG, "policy_kwargs": K20},
+    "DIPO long steps bfloat16": {**LONG, "policy_kwargs": {**K20, "inference_dtype": "bfloat16"}},
+    "DIPO few-step": {**LONG, "policy_kwargs": TEN},
+    # one option each, of those with long steps
+    "DIPO flow": {**LONG, "policy_kwargs": {"actor": "flow"}},
+    "DIPO flow quantile": {**LONG, "policy_kwargs": {"actor": "flow", "critic": "quantile"}},
+    "DIPO quantile": {**LONG, "policy_kwargs": {**K20, "critic": "quantile"}},
+    "DIPO layer_norm": {**LONG, "policy_kwargs": {**K20, "layer_norm": True}},
+    "DIPO best of 4": {**LONG, "policy_kwargs": {**K20, "samplers": {"behaviour": {"num_candidates": 4}}}},
+    "DIPO bound": {**LONG, "policy_kwargs": K20, "max_action_shift": 0.5},
+    "DIPO from the policy": {**LONG, "policy_kwargs": K20, "action_gradient_start": "policy"},
 }
 REDUCED_PARTS = ("target sampling", "action gradient")  # of an update: where products are done in `inference_dtype`
 NAIVE = "naive DIPO K=100"

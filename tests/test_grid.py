@@ -20,6 +20,8 @@ import pytest
 import torch as th
 from processes import PAPER, Scripts, is_running, until
 
+from sb3_dipo import RECOMMENDED
+
 CURVES, ABLATIONS = PAPER / "learning_curves.py", PAPER / "ablations.py"
 TASK = "Hopper-v5"  # untrained, it falls soon, and no two policies have the same return
 QUICK = ("--quick", "--steps", "600", "--eval-freq", "200")
@@ -261,7 +263,7 @@ def test_settings(grid: ModuleType) -> None:
         return grid.settings(grid.VARIANTS[name], env, 50_000, baselines, learning_starts)
 
     dipo = of("dipo", "HalfCheetah-v5", "paper")
-    assert (dipo["action_lr"], dipo["action_gradient_steps"]) == (0.12, 10) and "=20" in dipo["policy_kwargs"]
+    assert (dipo["action_lr"], dipo["action_gradient_steps"]) == (0.12, 10) and "actor='flow'" in dipo["policy_kwargs"]
     assert dipo["n_timesteps"] == dipo["buffer_size"] == 50_000 and dipo["learning_starts"] == 10_000
     assert of("dipo", "Hopper-v5", "zoo")["action_gradient_steps"] == 5
     paper = of("dipo_paper", "HalfCheetah-v5", "paper")
@@ -305,11 +307,13 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
         for name, length in (("few", 100), ("few_k50", 50), ("few_k20", 20))
     }
     assert set(ablations.vary("k20", grid.VARIANTS["dipo_k20"], "length")) == {"k20", "k20_k100", "k20_k50"}
-    assert set(ablations.vary("dipo", grid.VARIANTS["dipo"], "length")) == {"dipo", "dipo_k100", "dipo_k50"}
     assert set(ablations.vary("paper", grid.VARIANTS["dipo_paper"], "length")) == {"paper", "paper_k50", "paper_k20"}
     generators = ablations.vary("few", few, "generator")
     for actor in ("flow", "vae", "mlp"):
         assert generators[f"few_{actor}"].settings == {**few.settings, "policy_kwargs": {"actor": actor}}
+    diffusion = ablations.vary("dipo", grid.VARIANTS["dipo"], "generator")["dipo_diffusion"].settings["policy_kwargs"]
+    same = {name: RECOMMENDED["policy_kwargs"][name] for name in ("critic", "layer_norm", "samplers")}
+    assert diffusion == {"actor": "diffusion", "num_train_timesteps": 20, **same}
     critic = {"critic": "quantile", "n_quantiles": 5, "net_arch": [8]}
     flow = grid.Variant("dipo", {"policy_kwargs": {**critic, "actor": "flow", "solver": "midpoint"}})
     others = ablations.vary("mine", flow, "generator")
@@ -328,7 +332,7 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
         ("--envs HalfCheeta-v5", "--envs: HalfCheeta-v5 must be a task of Gymnasium's (HalfCheetah-v5"),
         (
             "--algorithms dipo sacc",
-            "--algorithms: sacc must be of dipo, sac, td3, ppo, tqc, crossq, dipo_paper, dipo_k20, dipo_few",
+            "--algorithms: sacc must be of dipo, sac, td3, ppo, tqc, crossq, dipo_paper, dipo_k20, dipo_long, dipo_few",
         ),
         ("--steps 0", "--steps: must be at least 1, not 0"),
         ("--steps 500", "--eval-freq must be at most --steps, 500, not 10000"),

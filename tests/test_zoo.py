@@ -41,7 +41,15 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 import sb3_dipo
 import sb3_dipo.zoo.__main__
-from sb3_dipo import DIPO, RECOMMENDED, DIPOHerReplayBuffer, DIPONStepReplayBuffer, DIPOReplayBuffer
+from sb3_dipo import (
+    DIPO,
+    RECOMMENDED,
+    DIPOHerReplayBuffer,
+    DIPONStepReplayBuffer,
+    DIPOReplayBuffer,
+    FlowActor,
+    QuantileCritic,
+)
 from sb3_dipo.diffusion.solvers import FLOW_SOLVERS
 from sb3_dipo.zoo import MODULES, convert_dipo_params, register, sample_dipo_params
 
@@ -249,7 +257,7 @@ def test_entry_builds_an_agent(env: str, capsys: pytest.CaptureFixture[str]) -> 
     assert type(model.action_noise) is noise[expected.get("noise_type")]
     policy_kwargs = eval(expected["policy_kwargs"])
     assert model.policy_kwargs == policy_kwargs
-    assert model.actor.num_train_timesteps == policy_kwargs["num_train_timesteps"]
+    assert isinstance(model.actor, FlowActor) or model.actor.num_train_timesteps == policy_kwargs["num_train_timesteps"]
 
 
 # Table 3 of the paper: gradient norm, action gradient norm ratio, action gradient steps, target interval
@@ -267,7 +275,10 @@ TABLE_3 = {
 def test_tasks_of_the_paper_have_its_values(file: pathlib.Path, env: str) -> None:
     entry = entries(file)[env]
     max_grad_norm, ratio, steps, interval = TABLE_3[env.split("-")[0]]
-    action_lr, steps, length = (0.03, steps, 100) if file == PAPER else (0.12, steps // 4, 20)
+    diffusion = "num_train_timesteps=100, beta_schedule='cosine'"
+    flow = "actor='flow', critic='quantile', layer_norm=True, "
+    flow += "samplers=dict(behaviour=dict(num_candidates=4))"
+    action_lr, steps, networks = (0.03, steps, diffusion) if file == PAPER else (0.12, steps // 4, flow)
     assert entry == {
         "n_timesteps": 1e6,
         "policy": "MlpPolicy",
@@ -284,7 +295,7 @@ def test_tasks_of_the_paper_have_its_values(file: pathlib.Path, env: str) -> Non
         "action_grad_norm_ratio": ratio,
         "max_grad_norm": max_grad_norm,
         "actor_target_update_interval": interval,
-        "policy_kwargs": f"dict(net_arch=[256, 256, 256], num_train_timesteps={length}, beta_schedule='cosine')",
+        "policy_kwargs": f"dict(net_arch=[256, 256, 256], {networks})",
     }
 
 
@@ -295,7 +306,7 @@ def test_the_paper_s_entries_are_its_tasks_and_the_default() -> None:
 def test_recommended_is_the_default() -> None:
     """Of dipo.yml; and what it does not name has DIPO's own defaults, which are the paper's."""
     ours, paper = (given_to_dipo(entries(file)["default"]) for file in (YAML, PAPER))
-    policy_kwargs = {**paper["policy_kwargs"], **RECOMMENDED["policy_kwargs"]}
+    policy_kwargs = {"net_arch": paper["policy_kwargs"]["net_arch"], **RECOMMENDED["policy_kwargs"]}
     assert ours == {**paper, **RECOMMENDED, "policy_kwargs": policy_kwargs}
     defaults = inspect.signature(DIPO).parameters
     for name, value in paper.items():
@@ -304,7 +315,8 @@ def test_recommended_is_the_default() -> None:
 
     before = str(RECOMMENDED)
     model, plain = (DIPO("MlpPolicy", TinyEnv(), device="cpu", **given) for given in (RECOMMENDED, {}))
-    assert model.actor.num_train_timesteps == 20 and (model.action_lr, model.action_gradient_steps) == (0.12, 5)
+    assert isinstance(model.actor, FlowActor) and isinstance(model.critic, QuantileCritic) and model.critic.layer_norm
+    assert (model.action_lr, model.action_gradient_steps) == (0.12, 5)
     assert str(RECOMMENDED) == before, "SB3 has written into it"
     explicit = DIPO("MlpPolicy", TinyEnv(), device="cpu", seed=0, policy_kwargs=paper["policy_kwargs"])
     assert plain.actor.num_train_timesteps == explicit.actor.num_train_timesteps == 100
@@ -317,6 +329,8 @@ def test_what_was_trained_keeps_its_values() -> None:
         env: {name: value for name, value in entries()[env].items() if entries()["default"].get(name) != value}
         for env in ("Pendulum-v1", "sb3_dipo/MultiGoal-v0")
     }
+    k20 = "dict(net_arch=[256, 256, 256], num_train_timesteps=20, beta_schedule='cosine')"
+    assert all(each.pop("policy_kwargs") == k20 for each in differ.values())
     assert differ == {
         "Pendulum-v1": dict(n_timesteps=20_000, learning_starts=1_000, action_lr=0.03, action_gradient_steps=10),
         "sb3_dipo/MultiGoal-v0": dict(n_timesteps=11_000, learning_starts=1_000, action_lr=0.03, action_gradient_steps=20),

@@ -1,7 +1,7 @@
 """What does each part of DIPO do? Its generator, the length of its diffusion, and the write-back of improved actions.
 
     python examples/paper/ablations.py generator --envs HalfCheetah-v5     # diffusion, flow, VAE, MLP: Figures 9, 20
-    python examples/paper/ablations.py length                              # K = 20, 50, 100: Figure 10, Table 1
+    python examples/paper/ablations.py length --base dipo_long             # K = 20, 50, 100: Figure 10, Table 1
     python examples/paper/ablations.py write-back --base dipo_paper        # the paper's Algorithm 3, or the authors' code
 
 `--base` is the DIPO that is varied: one of those of `learning_curves.py`, or of a file, `--variants`. The options,
@@ -11,13 +11,20 @@ interruption and many machines are as there. With the same `--out` and options, 
 from dataclasses import replace
 from typing import Any
 
-from grid import VARIANTS, Variant, choose, parse
+from grid import K20, VARIANTS, Variant, choose, parse
 from grid_report import QUICK, compare, comparison_arguments
 
 from sb3_dipo import RECOMMENDED
 from sb3_dipo.actors import ACTORS
 
 OF_GENERATORS = {"actor", "samplers"}.union(*(actor.options for actor in ACTORS.values()))  # the others' make no sense to one
+
+
+def policy_kwargs_of(base: Variant) -> dict[str, Any]:
+    """Its own, or those of its entry in the YAML file."""
+    entry: dict[str, Any] = {} if base.file == "dipo_paper.yml" else RECOMMENDED["policy_kwargs"]
+    own: dict[str, Any] = base.settings.get("policy_kwargs", entry)
+    return own
 
 
 def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
@@ -27,16 +34,19 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
         given = {} if policy_kwargs is None else dict(policy_kwargs=policy_kwargs)
         return replace(base, label=label, settings=base.settings | given | settings)
 
-    own: dict[str, Any] = base.settings.get("policy_kwargs", {})
+    own = policy_kwargs_of(base)
     if study == "generator":
         shared = {key: value for key, value in own.items() if key not in OF_GENERATORS}
+        if best := {use: options for use, options in own.get("samplers", {}).items() if options.keys() == {"num_candidates"}}:
+            shared["samplers"] = best
         actor = own.get("actor", "diffusion")
         labels = dict(diffusion="diffusion", flow="flow", vae="VAE", mlp="MLP")
         mine = labels.pop(actor)
         others = {each: variant(label, {**shared, "actor": each}) for each, label in labels.items()}
+        if "diffusion" in others:
+            others["diffusion"].settings["policy_kwargs"] |= K20
     elif study == "length":
-        usual = 100 if base.file == "dipo_paper.yml" else RECOMMENDED["policy_kwargs"]["num_train_timesteps"]
-        length = own.get("num_train_timesteps", usual)
+        length = own.get("num_train_timesteps", 100)
         lengths = sorted({20, 50, 100} - {length}, key=lambda each: abs(each - length))
         others = {f"k{each}": variant(f"K = {each}", {**own, "num_train_timesteps": each}) for each in lengths}
         mine = f"K = {length}"
@@ -58,6 +68,8 @@ def main() -> None:
     base = choose(parser, args, [args.base], dipos, "--base")[args.base]
     if base.algo != "dipo":
         parser.error(f"--base must be a DIPO, not {args.base}")
+    if args.study == "length" and policy_kwargs_of(base).get("actor", "diffusion") != "diffusion":
+        parser.error(f"--base must be a diffusion, such as dipo_long, to vary its length, not {args.base}")
     title = f"Ablation: {args.study} of {args.base}"
     compare(parser, args, vary(args.base, base, args.study), title, "paper", args.out / args.study)
 

@@ -95,6 +95,7 @@ VARIANTS = {
     **{algo: Variant(algo, label=label) for algo, label in NAMES.items()},
     "dipo_paper": Variant("dipo", label="DIPO, paper's setting", file="dipo_paper.yml"),
     "dipo_k20": Variant("dipo", dict(policy_kwargs=K20), "DIPO, paper's setting with K = 20", "dipo_paper.yml"),
+    "dipo_long": Variant("dipo", dict(policy_kwargs=K20), "DIPO, K = 20, long ascent steps"),
     "dipo_few": Variant("dipo", dict(policy_kwargs=FEW, action_gradient_steps=5), "DIPO, few denoising steps"),
 }
 

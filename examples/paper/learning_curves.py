@@ -9,9 +9,10 @@ A training that was cut off goes on with the same command, and one that has fini
 and `--address` need Ray (the extra `cluster`); on a cluster, `--out` and this folder must lie where all machines see them.
 
 `dipo` has the recommended setting (hyperparams/dipo.yml), `dipo_paper` the paper's (dipo_paper.yml), `dipo_k20` the paper's
-with K = 20, `dipo_few` the recommended one with few denoising steps. The others have the settings of the paper's Table 2, or
-with `--baselines zoo` those of the RL Zoo; TQC and CrossQ, which the paper has not, need the zoo's. `--variants` adds
-algorithms of your own from a YAML file: `mine: {algo: dipo, action_lr: 0.1, policy_kwargs: {num_train_timesteps: 50}}`.
+with K = 20, `dipo_long` that with few, long ascent steps, and `dipo_few` few denoising steps besides. The others have the
+settings of the paper's Table 2, or with `--baselines zoo` those of the RL Zoo; TQC and CrossQ, which the paper has not, need
+the zoo's. `--variants` adds algorithms of your own from a YAML file:
+`mine: {algo: dipo, action_lr: 0.1, policy_kwargs: {num_train_timesteps: 50}}`.
 
 The report is written to --results, with the raw evaluations of each training in evaluations/. Where these are, `--report`
 makes the same report again, without the trainings.
