@@ -15,6 +15,8 @@ import yaml
 from processes import PAPER, Scripts, until
 from stable_baselines3 import PPO
 
+from sb3_dipo import RECOMMENDED
+
 SCRIPT = PAPER / "multi_goal.py"
 
 
@@ -105,6 +107,7 @@ def test_agents_have_the_settings_that_the_figures_were_made_with(
         "dipo-noise-1": {"noise_type": "normal", "noise_std": 1.0},
         "dipo-flow": {"policy_kwargs": {"actor": "flow"}},
         "dipo-flow-quantile": {"policy_kwargs": {"actor": "flow", "critic": "quantile", "layer_norm": True}},
+        "dipo-recommended": RECOMMENDED,
         "dipo-candidates": {
             "policy_kwargs": {"num_train_timesteps": 20, "samplers": {"behaviour": {"num_candidates": 4}}},
         },

@@ -28,7 +28,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_dipo import improve_actions, plots
+from sb3_dipo import RECOMMENDED, improve_actions, plots
 from sb3_dipo.envs.multi_goal import GOALS, LIMIT
 
 ENV = "sb3_dipo/MultiGoal-v0"
@@ -50,6 +50,7 @@ AGENTS = {name: VARIANTS[name] for name in ("dipo", "sac", "td3", "ppo")} | {
     "dipo-10,000-random": Variant("dipo", dict(learning_starts=10_000), "DIPO, 10,000 random"),
     "dipo-flow": Variant("dipo", dict(policy_kwargs=dict(actor="flow")), "DIPO, flow"),
     "dipo-flow-quantile": Variant("dipo", dict(policy_kwargs=dict(actor="flow", **QUANTILE)), "DIPO, flow and quantiles"),
+    "dipo-recommended": Variant("dipo", RECOMMENDED, "DIPO, RECOMMENDED"),
     "dipo-candidates": Variant("dipo", dict(policy_kwargs=dict(**K20, samplers=BEST_OF_4)), "DIPO, best of 4"),
 }
 
