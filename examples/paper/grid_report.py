@@ -146,6 +146,8 @@ def draw_curves(curves: pd.DataFrame, labels: dict[str, str], random: dict[str, 
     for column, env in zip(figure.subplots(2, len(random), squeeze=False).T, random, strict=True):
         for name, label in labels.items():
             rows = curves[(curves.env == env) & (curves.algorithm == name)]
+            if rows.empty:
+                continue
             by_step = rows.groupby("steps")
             means = by_step[["mean_return", "hours"]].mean()[by_step.size() == rows.seed.nunique()]
             spread = by_step.mean_return.std().reindex(means.index).fillna(0)
