@@ -1,4 +1,4 @@
-"""The recommended setting of DIPO: today's critics and sampler, which learned most in the least time of what was compared."""
+"""The recommended setting of DIPO: today's critics and sampler, which learned soonest of what was compared."""
 
 from typing import Any
 
