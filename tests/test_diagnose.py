@@ -73,6 +73,10 @@ def test_q_beside_what_follows(script: Any, ends: bool, expected: float) -> None
     first = np.concatenate([each["actions"] for each in played])[:, 0]
     assert climbed["shift"] == pytest.approx((1 - first).mean() / 2, abs=1e-5)
     assert climbed["gain"] == pytest.approx(5 * (1 - first).mean(), rel=1e-4)
+    model.max_action_shift = 0.1
+    assert script.diagnose(model, played)["shift"] == pytest.approx(np.minimum(1 - first, 0.1).mean() / 2, abs=1e-5)
+    model.gamma = 1.0  # Q would look beyond every time limit
+    assert ("got" in script.diagnose(model, played)) == ends
 
 
 @pytest.mark.slow

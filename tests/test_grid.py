@@ -319,6 +319,10 @@ def test_ablations_change_one_thing(grid: ModuleType) -> None:
     others = ablations.vary("mine", flow, "generator")
     assert list(others) == ["mine", "mine_diffusion", "mine_vae", "mine_mlp"] and others["mine"].settings == flow.settings
     assert others["mine_vae"].settings["policy_kwargs"] == {**critic, "actor": "vae"}
+    samplers = {"behaviour": {"solver": "midpoint", "num_candidates": 2}, "target": {"num_inference_steps": 3}}
+    flow = grid.Variant("dipo", {"policy_kwargs": {"actor": "flow", "samplers": samplers}})
+    candidates = {"actor": "vae", "samplers": {"behaviour": {"num_candidates": 2}}}
+    assert ablations.vary("mine", flow, "generator")["mine_vae"].settings["policy_kwargs"] == candidates
     (_, none) = ablations.vary("few", few, "write-back").values()
     assert none.settings == {**few.settings, "persist_improved_actions": False}
     assert none.label.startswith("none")

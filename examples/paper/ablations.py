@@ -37,7 +37,8 @@ def vary(name: str, base: Variant, study: str) -> dict[str, Variant]:
     own = policy_kwargs_of(base)
     if study == "generator":
         shared = {key: value for key, value in own.items() if key not in OF_GENERATORS}
-        if best := {use: options for use, options in own.get("samplers", {}).items() if options.keys() == {"num_candidates"}}:
+        count = "num_candidates"  # the one option of sampling that all have
+        if best := {use: {count: given[count]} for use, given in own.get("samplers", {}).items() if count in given}:
             shared["samplers"] = best
         actor = own.get("actor", "diffusion")
         labels = dict(diffusion="diffusion", flow="flow", vae="VAE", mlp="MLP")

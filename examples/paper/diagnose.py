@@ -6,7 +6,7 @@ Each agent, in the layout of the RL Zoo, plays some episodes as it acts in train
 mean over the states that it visits:
 
     Q, got     what its critic says of the action that it plays, and the discounted return that follows; states near a time
-               limit are left out, as Q looks beyond it
+               limit are left out, as Q looks beyond it; empty where that leaves none
     at edge    the share of the actions' components within 0.01 of an end of the action space
     spread     the standard deviation of 64 actions sampled in one state, in half-widths of the action space (50 states)
     shift      how far one ascent of DIPO moves its actions in each dimension, in half-widths
@@ -24,6 +24,7 @@ import numpy as np
 import torch as th
 from experiments import markdown_table
 from grid import CLASSES
+from scipy.signal import lfilter  # type: ignore[import-untyped]
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dipo import DIPO, improve_actions, plots
@@ -55,33 +56,32 @@ def play(model: BaseAlgorithm, env: gym.Env[Any, Any], episodes: int) -> list[di
 
 def discounted(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """What follows each step, (number of steps,)."""
-    got = np.zeros(len(rewards) + 1)
-    for step in reversed(range(len(rewards))):
-        got[step] = rewards[step] + gamma * got[step + 1]
-    return got[:-1]
+    return np.asarray(lfilter([1.0], [1.0, -gamma], rewards[::-1].astype(float))[::-1])
 
 
 def diagnose(model: BaseAlgorithm, played: list[dict[str, np.ndarray]]) -> dict[str, float]:
     """The numbers of the table, from episodes of ``play``."""
     gamma: float = model.gamma  # type: ignore[attr-defined]
-    ahead = int(np.ceil(np.log(NEGLIGIBLE) / np.log(gamma))) if gamma < 1 else 0
-    known = [len(each["rewards"]) - (0 if each["terminated"] else ahead) for each in played]
-    follows = [discounted(each["rewards"], gamma)[: max(0, length)] for each, length in zip(played, known, strict=True)]
+    follows, counted = [], []
+    for each in played:  # at a step Q looks so far beyond the time limit
+        beyond = 0.0 if each["terminated"] else gamma ** np.arange(len(each["rewards"]), 0, -1)
+        follows.append(discounted(each["rewards"], gamma))
+        counted.append(np.broadcast_to(beyond, follows[-1].shape) <= NEGLIGIBLE)
     observations, actions = (np.concatenate([each[name] for each in played]) for name in ("observations", "actions"))
     q = plots.q_values(model, observations, actions)
-    counted = np.concatenate([np.arange(len(each["rewards"])) < length for each, length in zip(played, known, strict=True)])
+    known = np.concatenate(counted)
     some = observations[np.linspace(0, len(observations) - 1, STATES).astype(int)]
     found = dict(
         episodes=len(played),
         length=np.mean([len(each["rewards"]) for each in played]),
-        Q=q[counted].mean(),
-        got=np.concatenate(follows).mean(),
         spread=np.mean([plots.sample_actions(model, each, SAMPLES).std(axis=0) for each in some]),
     )
     found |= {"return": np.mean([each["rewards"].sum() for each in played]), "at edge": (np.abs(actions) > 0.99).mean()}
+    if known.any():
+        found |= dict(Q=q[known].mean(), got=np.concatenate(follows)[known].mean())
     if isinstance(model, DIPO):
         objective = model.critic.objective(model.policy.obs_to_tensor(observations)[0])
-        climb = (model.action_lr, model.action_gradient_steps, model.action_grad_norm_ratio)
+        climb = (model.action_lr, model.action_gradient_steps, model.action_grad_norm_ratio, model.max_action_shift)
         improved = improve_actions(objective, th.as_tensor(actions, device=model.device), *climb).cpu().numpy()
         found["shift"] = np.abs(improved - actions).mean()
         found["gain"] = (plots.q_values(model, observations, improved) - q).mean()
