@@ -201,7 +201,6 @@ class IterativeActor(GenerativeActor):
 
     evaluation_sampler: ClassVar[dict[str, Any]] = {"noise_scale": 0}
 
-    latent: th.Tensor
     network: NoisePredictionNetwork
 
     def __init__(self, *args: Any, clip_sample: bool = True, time_embed_dim: int = 32, **kwargs: Any):
@@ -214,10 +213,11 @@ class IterativeActor(GenerativeActor):
 
     def _make_network(self) -> NoisePredictionNetwork:
         sizes = (self.action_dim, self.features_dim, self.net_arch, self.activation_fn, self.time_embed_dim)
-        network = NoisePredictionNetwork(*sizes)
-        # the one starting point of deterministic=True: drawn here, saved with the weights
-        self.register_buffer("latent", th.randn(1, self.action_dim))
-        return network
+        return NoisePredictionNetwork(*sizes)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}latent", None)  # of agents that were saved when each had a starting point of its own
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @abstractmethod
     def _make_table(self, sampler: Sampler) -> SolverTable:
@@ -270,22 +270,22 @@ class IterativeActor(GenerativeActor):
 
     def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
-        The steps from one latent, the same for every state, without noise on the way.
+        The steps from the center of the noise, 0, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
         :param sampler: how to sample, though without noise; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        latents = self.latent.expand(features.shape[0], -1)
-        return self.sample(features, initial_noise=latents, sampler=replace(sampler or self.sampler, noise_scale=0))
+        zeros = features.new_zeros(features.shape[0], self.action_dim)
+        return self.sample(features, initial_noise=zeros, sampler=replace(sampler or self.sampler, noise_scale=0))
 
     def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
-        """From :attr:`latent`, and from others that are the same for every agent; see the contract."""
+        """From the center of the noise, and from draws that are the same for every agent; see the contract."""
         shape = (sampler.num_candidates - 1, self.action_dim)
-        generator = th.Generator(device="cpu").manual_seed(0)
-        others = th.randn(shape, generator=generator, dtype=th.float32, device="cpu").to(self.latent)
-        latents = th.cat([self.latent, others]).repeat(features.shape[0] // sampler.num_candidates, 1)
-        return self.sample(features, initial_noise=latents, sampler=replace(sampler, noise_scale=0))
+        others = th.randn(shape, generator=th.Generator(device="cpu").manual_seed(0), dtype=th.float32, device="cpu")
+        starts = th.cat([features.new_zeros(1, self.action_dim), others.to(features)])
+        starts = starts.repeat(features.shape[0] // sampler.num_candidates, 1)
+        return self.sample(features, initial_noise=starts, sampler=replace(sampler, noise_scale=0))
 
 
 class DiffusionActor(IterativeActor):

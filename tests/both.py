@@ -59,7 +59,7 @@ def policy_for(observation_space: spaces.Space[Any]) -> str:
 def small(algorithm: type[Any], env: Any = None, policy: Any = "MlpPolicy", policy_kwargs: Any = None, **kwargs: Any) -> Any:
     """A DIPO or SAC agent that learns within milliseconds; on a new :class:`TinyEnv` where no environment is given."""
     own: dict[str, Any] = {"action_gradient_steps": 2} if algorithm is DIPO else {}
-    # little noise and a start inside the box, so that deterministic actions are not all in its corners
+    # little noise, so that deterministic actions are not all in the corners of their box
     of_policy: dict[str, Any] = {"num_train_timesteps": 3, "beta_schedule": "ou", "horizon": 0.3} if algorithm is DIPO else {}
     if policy == "CnnPolicy":
         of_policy["features_extractor_kwargs"] = {"features_dim": 8}
@@ -73,10 +73,7 @@ def small(algorithm: type[Any], env: Any = None, policy: Any = "MlpPolicy", poli
         "device": "cpu",
         "policy_kwargs": {"net_arch": [8], **of_policy, **(policy_kwargs or {})},
     }
-    model = algorithm(policy, TinyEnv() if env is None else env, **{**settings, **own, **kwargs})
-    if hasattr(model.actor, "latent"):
-        model.actor.latent.mul_(0.3)
-    return model
+    return algorithm(policy, TinyEnv() if env is None else env, **{**settings, **own, **kwargs})
 
 
 def silent(model: Any) -> Any:

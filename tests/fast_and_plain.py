@@ -30,8 +30,6 @@ def filled(rows: int = 64, seed: int = 0, **kwargs: Any) -> DIPO:
             parameter.data.mul_(1.5).add_(
                 th.from_numpy(noise).to(parameter.device), alpha=0.1 if parameter.dim() < 2 else 0.02
             )
-    if isinstance(model.actor, DiffusionActor):
-        model.actor.latent.mul_(0.3)
     model.actor_target.load_state_dict(model.actor.state_dict())
     model.critic_target.load_state_dict(model.critic.state_dict())
     fill(

@@ -1,5 +1,6 @@
 """The best of several actions, the bound on the climb, and the climb from the policy's own actions."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,22 @@ def test_other_observations(space: Any) -> None:
     assert model.predict(observations)[0].shape == (5, *model.action_space.shape)
     first = model.predict(observations, deterministic=True)[0]
     np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], first)
+
+
+@pytest.mark.parametrize("actor", ["diffusion", "flow"])
+def test_deterministic_actions_start_at_the_center_of_the_noise(actor: str) -> None:
+    options = dict(num_train_timesteps=3) if actor == "diffusion" else {}
+    agent = make_agent(3, 2, policy_kwargs=dict(actor=actor, net_arch=[32], **options), device="cpu")
+    observations = np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3)
+    quiet = replace(agent.actor.sampler, noise_scale=0.0)
+    with th.no_grad():
+        features = th.as_tensor(observations)
+        from_center = agent.actor.sample(features, initial_noise=th.zeros(7, 2), sampler=quiet)
+        np.testing.assert_allclose(agent.predict(observations, deterministic=True)[0], from_center, atol=1e-6)
+        repeated = features.repeat_interleave(5, dim=0)
+        several = agent.actor.deterministic_candidates(repeated, replace(quiet, num_candidates=5)).view(7, 5, 2)
+    th.testing.assert_close(several[:, 0], from_center, rtol=0, atol=1e-6)
+    assert several.std(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("actor", ["vae", "mlp"])

@@ -656,13 +656,6 @@ def test_same_seed_same_weights(actor: str) -> None:
     assert any(name.startswith("actor.") for name in changed) and "actions" in changed
 
 
-def test_latent_comes_from_the_seed() -> None:
-    agents: list[Any] = [small_dipo(seed=seed) for seed in (3, 3, 4, None, None)]
-    latents = [agent.actor.latent for agent in agents]
-    assert th.equal(latents[0], latents[1])
-    assert not th.equal(latents[0], latents[2]) and not th.equal(latents[3], latents[4])
-
-
 # ------------------------------------------------------------------------------------------------- losses not finite
 
 
