@@ -468,7 +468,7 @@ def test_logged_values() -> None:
     model = small_dipo(learning_rate=0.0, buffer_size=1, gamma=0.0, policy_kwargs={"n_critics": 3})
     model.learn(30)
     buffer: Any = model.replay_buffer  # one transition
-    buffer.improved_actions[:] = buffer.actions
+    buffer.actions[:] = buffer.improved_actions[:] = 0.1  # inside the box
     model.train(1, 8)
     observations, actions = th.as_tensor(buffer.observations[0]), th.as_tensor(buffer.actions[0])
     with th.no_grad():
@@ -481,6 +481,23 @@ def test_logged_values() -> None:
     assert logged(model, "improved_q_gain") == pytest.approx(gain.item(), rel=1e-3) and gain > 0
     shift = (improved - actions).norm().item()
     assert logged(model, "action_shift") == pytest.approx(shift, rel=1e-4) and shift > 0.01
+
+
+def test_the_climb_is_measured_in_every_tenth_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dipo()
+    model.learn(20)  # ten updates
+    objective, calls = model.critic.objective, list[int]()
+
+    def counted(obs: Any) -> Any:
+        q_fn = objective(obs)
+        return lambda actions: (calls.append(1), q_fn(actions))[1]
+
+    monkeypatch.setattr(model.critic, "objective", counted)
+    for updates, measured in ((1, 1), (9, 0), (1, 1), (19, 1), (20, 2)):
+        calls.clear()
+        model.train(updates, 8)
+        assert len(calls) == updates * model.action_gradient_steps + 2 * measured
+        assert logged(model, "improved_q_gain") and logged(model, "action_shift") > 0
 
 
 def test_learning_goes_on(tmp_path: pathlib.Path) -> None:

@@ -50,10 +50,8 @@ template <class T> struct Critic {
                                    room, kept, start);
         const int64_t width = mlp.hidden.back().width;
         for (int64_t r = 0; r < rows; ++r) {
-            Vector total{};
-            for (int64_t c = 0; c < width; c += LANES)
-                total += first(load(room.last + r * mlp.stride + c) * load(output + c), width - c);
-            to[r] = sum(total) + output_bias;
+            const float *last = room.last + r * mlp.stride;
+            to[r] = sum_row(width, [&](int64_t c) { return load(last + c) * load(output + c); }) + output_bias;
         }
     }
 };

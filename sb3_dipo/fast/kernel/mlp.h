@@ -32,6 +32,17 @@ static bool normalises(int64_t layers, const Layer *layer) {
     return std::any_of(layer, layer + layers, [](const Layer &each) { return each.scale != nullptr; });
 }
 
+// The sum of number(c) over the vectors of a row, in chains that do not wait for each other.
+template <class Number> static float sum_row(int64_t width, const Number &number) {
+    constexpr int CHAINS = 4;
+    Vector sums[CHAINS] = {};
+    int64_t c = 0;
+    for (; c + CHAINS * LANES <= width; c += CHAINS * LANES)
+        for (int i = 0; i < CHAINS; ++i) sums[i] += number(c + i * LANES);
+    for (; c < width; c += LANES) sums[0] += first(number(c), width - c);
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // What a forward pass keeps for the backward pass, in row l * rows + row for layer l: of Mish its slope; of LayerNorm the
 // normalised numbers and the factor that normalised them.
 struct Kept {
@@ -125,12 +136,8 @@ template <class T> class BoundMLP {
         for (int64_t r = 0; own.scale && r < rows; ++r) {
             const int64_t at = l * kept.rows + which[r];
             const float *g = scratch + r * stride, *normal = kept.normal + at * stride;
-            Vector total{}, along{};
-            for (int64_t c = 0; c < own.width; c += LANES) {
-                total += first(load(g + c), own.width - c);
-                along += first(load(g + c) * load(normal + c), own.width - c);
-            }
-            const float mean = sum(total) / own.width, slope = sum(along) / own.width;
+            const float mean = sum_row(own.width, [&](int64_t c) { return load(g + c); }) / own.width;
+            const float slope = sum_row(own.width, [&](int64_t c) { return load(g + c) * load(normal + c); }) / own.width;
             for (int64_t c = 0; c < own.width; c += LANES)
                 store(to + (r * stride + c) / PER<Out>, kept.factor[at] * (load(g + c) - mean - slope * load(normal + c)));
         }
@@ -188,14 +195,9 @@ template <class T> class BoundMLP {
         });
         for (int64_t r = 0; own.scale && r < rows; ++r) {
             const float *x = scratch + r * stride;
-            Vector total{}, squares{};
-            for (int64_t c = 0; c < own.width; c += LANES) total += first(load(x + c), own.width - c);
-            const float mean = sum(total) / own.width;
-            for (int64_t c = 0; c < own.width; c += LANES) {
-                const Vector d = first(load(x + c) - mean, own.width - c);
-                squares += d * d;
-            }
-            const float factor = 1 / std::sqrt(sum(squares) / own.width + own.epsilon);
+            const float mean = sum_row(own.width, [&](int64_t c) { return load(x + c); }) / own.width;
+            const float squares = sum_row(own.width, [&](int64_t c) { return (load(x + c) - mean) * (load(x + c) - mean); });
+            const float factor = 1 / std::sqrt(squares / own.width + own.epsilon);
             if constexpr (keep) kept.factor[at + r] = factor;
             for (int64_t c = 0; c < own.width; c += LANES) {
                 const Vector normal = (load(x + c) - mean) * factor;

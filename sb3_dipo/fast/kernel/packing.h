@@ -2,26 +2,43 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "product.h"
 
-typedef uint32_t Four __attribute__((vector_size(16), may_alias));
-typedef Four AnyFour __attribute__((aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), may_alias));
+typedef Words AnyWords __attribute__((aligned(4)));
 #if defined(__clang__)
 #define SHUFFLE __builtin_shufflevector
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
 #endif
 
-// Four rows of four words, `stride` apart, to columns that are `step` apart.
+// Of rows a and b, S apart, the one above or below after blocks of S columns off the diagonal have changed places.
+template <uint32_t S, bool BELOW, uint32_t... J>
+static inline Words swapped(Words a, Words b, std::integer_sequence<uint32_t, J...>) {
+    return SHUFFLE(a, b, (J & S ? LANES + (BELOW ? J : J - S) : (BELOW ? J + S : J))...);
+}
+
+template <uint32_t S> static inline void swap_blocks(Words (&x)[LANES]) {
+    const std::make_integer_sequence<uint32_t, LANES> all{};
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < LANES; ++i)
+        if (!(i & S)) {
+            const Words a = x[i], b = x[i + S];
+            x[i] = swapped<S, false>(a, b, all), x[i + S] = swapped<S, true>(a, b, all);
+        }
+    if constexpr (S > 1) swap_blocks<S / 2>(x);
+}
+
+// LANES rows of as many words, `stride` apart, to columns that are `step` apart.
 static inline void transpose(const uint32_t *from, int64_t stride, uint32_t *to, int64_t step) {
-    Four row[4];
-    for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const AnyFour *>(from + i * stride);
-    const Four a = SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-    const Four c = SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-    const Four columns[4] = {SHUFFLE(a, b, 0, 1, 4, 5), SHUFFLE(a, b, 2, 3, 6, 7), SHUFFLE(c, d, 0, 1, 4, 5),
-                             SHUFFLE(c, d, 2, 3, 6, 7)};
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<Four *>(to + i * step) = columns[i];
+    Words x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) x[i] = *reinterpret_cast<const AnyWords *>(from + i * stride);
+    swap_blocks<LANES / 2>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) *reinterpret_cast<Words *>(to + i * step) = x[i];
 }
 
 static inline int64_t panel_width(int64_t columns) { return columns <= LANES ? LANES : WIDE; }
@@ -29,17 +46,17 @@ static inline int64_t panel_width(int64_t columns) { return columns <= LANES ? L
 // Words (columns, depth), rows `stride` apart, as the factor (depth, columns).
 template <class T>
 static Right<T> pack_transposed(Memory &memory, const T *words, int64_t depth, int64_t columns, int64_t stride) {
-    const int64_t width = panel_width(columns), fours = depth / 4 * 4;
+    const int64_t width = panel_width(columns), squares = depth / LANES * LANES;
     const uint32_t *from = reinterpret_cast<const uint32_t *>(words);
     uint32_t *to = memory.zeros_unless<uint32_t>(columns % width == 0, round_up(columns, width) * depth);
     for (int64_t start = 0; start < columns; start += width) {  // panels are written in the order of memory
         const uint32_t *rows = from + start * stride;
         uint32_t *panel = to + start * depth;
-        const int64_t some = std::min(width, columns - start), whole = some / 4 * 4;
-        for (int64_t i = 0; i < fours; i += 4)
-            for (int64_t j = 0; j < whole; j += 4) transpose(rows + j * stride + i, stride, panel + i * width + j, width);
+        const int64_t some = std::min(width, columns - start), whole = some / LANES * LANES;
+        for (int64_t i = 0; i < squares; i += LANES)
+            for (int64_t j = 0; j < whole; j += LANES) transpose(rows + j * stride + i, stride, panel + i * width + j, width);
         for (int64_t i = 0; i < depth; ++i)
-            for (int64_t j = i < fours ? whole : 0; j < some; ++j) panel[i * width + j] = rows[j * stride + i];
+            for (int64_t j = i < squares ? whole : 0; j < some; ++j) panel[i * width + j] = rows[j * stride + i];
     }
     return {reinterpret_cast<const T *>(to), depth, columns, width * depth, width, width};
 }
