@@ -271,10 +271,11 @@ class DIPO(DIPOBase):
         self._guard.polyak_update(_running_statistics(network), _running_statistics(target), 1.0)
 
     def _run_update(self, replay_buffer: Any, batch_size: int, move_actor_target: bool) -> dict[str, th.Tensor]:
+        measure = self._n_updates % MEASURE_INTERVAL == 0
         if self._graphs is None:
-            measure = self._n_updates % MEASURE_INTERVAL == 0
             return self._update(replay_buffer, batch_size, move_actor_target, measure)
-        return self._graphs.update(self, replay_buffer, batch_size, move_actor_target)
+        report: dict[str, th.Tensor] = self._graphs.update(self, replay_buffer, batch_size, move_actor_target)
+        return report if measure else {name: report[name] for name in ("critic_loss", "actor_loss", "q_value")}
 
 
 def _running_statistics(module: th.nn.Module) -> list[th.Tensor]:
