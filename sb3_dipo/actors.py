@@ -201,6 +201,9 @@ class IterativeActor(GenerativeActor):
 
     evaluation_sampler: ClassVar[dict[str, Any]] = {"noise_scale": 0}
 
+    latent: th.Tensor
+    """Where ``deterministic=True`` starts, (1, action_dim): the center of the noise, 0. Version 0.1.0 drew another."""
+
     network: NoisePredictionNetwork
 
     def __init__(self, *args: Any, clip_sample: bool = True, time_embed_dim: int = 32, **kwargs: Any):
@@ -213,11 +216,8 @@ class IterativeActor(GenerativeActor):
 
     def _make_network(self) -> NoisePredictionNetwork:
         sizes = (self.action_dim, self.features_dim, self.net_arch, self.activation_fn, self.time_embed_dim)
+        self.register_buffer("latent", th.zeros(1, self.action_dim))
         return NoisePredictionNetwork(*sizes)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}latent", None)  # of agents that were saved when each had a starting point of its own
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @abstractmethod
     def _make_table(self, sampler: Sampler) -> SolverTable:
@@ -270,22 +270,21 @@ class IterativeActor(GenerativeActor):
 
     def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
-        The steps from the center of the noise, 0, without noise on the way.
+        The steps from :attr:`latent`, the center of the noise, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
         :param sampler: how to sample, though without noise; the actor's own where None
         :return: actions in [-1, 1], (batch_size, action_dim)
         """
-        zeros = features.new_zeros(features.shape[0], self.action_dim)
-        return self.sample(features, initial_noise=zeros, sampler=replace(sampler or self.sampler, noise_scale=0))
+        latents = self.latent.expand(features.shape[0], -1)
+        return self.sample(features, initial_noise=latents, sampler=replace(sampler or self.sampler, noise_scale=0))
 
     def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
-        """From the center of the noise, and from draws that are the same for every agent; see the contract."""
+        """From :attr:`latent`, and from draws that are the same for every agent; see the contract."""
         shape = (sampler.num_candidates - 1, self.action_dim)
         others = th.randn(shape, generator=th.Generator(device="cpu").manual_seed(0), dtype=th.float32, device="cpu")
-        starts = th.cat([features.new_zeros(1, self.action_dim), others.to(features)])
-        starts = starts.repeat(features.shape[0] // sampler.num_candidates, 1)
-        return self.sample(features, initial_noise=starts, sampler=replace(sampler, noise_scale=0))
+        latents = th.cat([self.latent, others.to(self.latent)]).repeat(features.shape[0] // sampler.num_candidates, 1)
+        return self.sample(features, initial_noise=latents, sampler=replace(sampler, noise_scale=0))
 
 
 class DiffusionActor(IterativeActor):

@@ -95,22 +95,12 @@ class Critic(UsesOps, BaseModel, ABC):
     @abstractmethod
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """
-        What :func:`sb3_dipo.improve_actions` climbs at fixed states, whose features are computed once and take no gradient.
+        What :func:`sb3_dipo.improve_actions` climbs, and by which the best of several actions is chosen, at fixed states,
+        whose features are computed once and take no gradient.
 
         :param obs: observations, batch_size first
         :return: from actions (batch_size, action_dim) to values (batch_size, 1), differentiable in the actions
         """
-
-    def values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        """
-        The :meth:`objective` at some actions, by which the best of several is chosen.
-
-        :param obs: observations, batch_size first
-        :param actions: (batch_size, action_dim)
-        :return: (batch_size, 1), without gradient
-        """
-        with th.no_grad():
-            return self.objective(obs)(actions)
 
     def _make_q_networks(self, n_critics: int, output_dim: int, layer_norm: bool) -> list[nn.Sequential]:
         """MLPs on [features, action], by SB3's names."""
@@ -172,10 +162,6 @@ class EnsembleCritic(Critic):
         """min_i Q_i(s, .), equation (15); see :meth:`sb3_dipo.critics.Critic.objective`."""
         return self.ops.objective(self.q_networks, self._fixed_features(obs), smallest)
 
-    def values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        """min_i Q_i(s, a), (batch_size, 1), without gradient."""
-        return self.ops.values(self.q_networks, self._fixed_features(obs), actions, smallest)
-
 
 class QuantileCritic(Critic):
     """
@@ -222,15 +208,15 @@ class QuantileCritic(Critic):
 
     def next_value(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
-        The mixture of all networks' quantiles without the largest, in any order, without gradient.
+        The sorted mixture of all networks' quantiles without the largest, without gradient.
 
         :param obs: observations, batch_size first
         :param actions: (batch_size, action_dim)
         :return: (batch_size, n_critics * (n_quantiles - top_quantiles_to_drop_per_net))
         """
-        kept = self.n_critics * (self.n_quantiles - self.top_quantiles_to_drop_per_net)
         with th.no_grad():
-            return self(obs, actions).flatten(1).topk(kept, dim=1, largest=False, sorted=False)[0]
+            mixture = self(obs, actions).flatten(1).sort(dim=1)[0]
+        return mixture[:, : self.n_critics * (self.n_quantiles - self.top_quantiles_to_drop_per_net)]
 
     def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """
@@ -248,10 +234,6 @@ class QuantileCritic(Critic):
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """The mean over networks and quantiles; see :meth:`sb3_dipo.critics.Critic.objective`."""
         return self.ops.objective(self.q_networks, self._fixed_features(obs), average)
-
-    def values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
-        """The mean over networks and quantiles, (batch_size, 1), without gradient."""
-        return self.ops.values(self.q_networks, self._fixed_features(obs), actions, average)
 
 
 CRITICS: dict[str, type[Critic]] = {"ensemble": EnsembleCritic, "quantile": QuantileCritic}

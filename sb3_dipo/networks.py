@@ -108,17 +108,6 @@ class Ops:
 
         return q_fn
 
-    def values(
-        self,
-        q_networks: Sequence[nn.Module],
-        features: th.Tensor,
-        actions: th.Tensor,
-        reduce: Callable[[th.Tensor], th.Tensor],
-    ) -> th.Tensor:
-        """:meth:`objective` at some actions, (batch_size, action_dim) to (batch_size, 1), without gradient."""
-        with th.no_grad():
-            return self.objective(q_networks, features, reduce)(actions)
-
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """
         The mean quantile Huber loss of all pairs, as in TQC.

@@ -278,7 +278,7 @@ class DIPOPolicy(BasePolicy):
         features = actor.extract_features(observation).repeat_interleave(number, dim=0)
         sample = actor.deterministic_candidates if which == "evaluation" else actor.sample
         candidates = sample(features, sampler=sampler)
-        values = (self.critic_target if of_target else self.critic).values(repeated, candidates)
+        values = (self.critic_target if of_target else self.critic).objective(repeated)(candidates)
         best = values.view(-1, number).argmax(dim=1)
         first = th.arange(len(best), dtype=th.int64, device=best.device) * number
         return candidates.index_select(0, first + best)

@@ -93,7 +93,7 @@ def computed(model: DIPO, given: Inputs, sampler: Sampler | None = None) -> Resu
         results["sample"] = actor.sample(features, given.initial_noise, given.noise, sampler)
         results["noise_pred"] = actor.noise_network(given.actions, given.timesteps, features)
         results["q_values"] = th.cat(critic(given.observations, given.actions), dim=1)
-        results["next_value"] = critic.next_value(given.observations, given.actions).sort(dim=1)[0]
+        results["next_value"] = critic.next_value(given.observations, given.actions)
         objective = critic.objective(given.observations)
         results["objective"] = objective(given.actions)
     climber = given.actions.clone().requires_grad_()

@@ -615,16 +615,6 @@ def test_a_shorter_process_on_load_takes_all_its_steps(tmp_path: pathlib.Path) -
     assert loaded.predict(np.zeros(3, dtype=np.float32))[0].shape == (2,)
 
 
-@pytest.mark.parametrize("actor", ["diffusion", "flow"])
-def test_agents_that_had_a_starting_point_of_their_own(actor: str) -> None:
-    model = small_dipo(policy_kwargs={"actor": actor})
-    old = {**model.policy.state_dict(), "actor.latent": th.ones(1, 2), "actor_target.latent": th.ones(1, 2)}
-    fresh = small_dipo(policy_kwargs={"actor": actor}, seed=1)
-    fresh.policy.load_state_dict(old)
-    assert not differences(everything_learned(model), everything_learned(fresh))
-    assert not any("latent" in name for name in fresh.policy.state_dict())
-
-
 def test_other_options_of_sampling_on_load(tmp_path: pathlib.Path) -> None:
     """They count, and what was set with `set_sampler` before does where none are given."""
     model = small_dipo(policy_kwargs={"net_arch": [8], "num_train_timesteps": 4, "num_inference_steps": 4})

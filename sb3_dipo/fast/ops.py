@@ -393,22 +393,6 @@ class FastOps(Ops):
         arithmetic = self.arithmetic(features)
         return OperatorObjective(*given, arithmetic=arithmetic, of_gradient=self.arithmetic(features, rounded=True))
 
-    def values(
-        self,
-        q_networks: Sequence[nn.Module],
-        features: th.Tensor,
-        actions: th.Tensor,
-        reduce: Callable[[th.Tensor], th.Tensor],
-    ) -> th.Tensor:
-        """See :meth:`sb3_dipo.networks.Ops.values`."""
-        if is_ordinary(features, actions) and reduce in (smallest, average) and features.dim() == 2:
-            critics = known_critics(q_networks, features, reduce)
-            kernels = self.kernels_for(features, *critics) if critics else None
-            if critics and kernels and actions.shape == (len(features), critics[0][0].weight.shape[1] - features.shape[1]):
-                values: th.Tensor = kernels.values(critics, features, actions, reduce is average)
-                return values
-        return super().values(q_networks, features, actions, reduce)
-
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`."""
         known = isinstance(self.kernels, Kernels) and is_ordinary(quantiles, targets) and quantiles.device.type == "cpu"
