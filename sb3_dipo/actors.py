@@ -270,7 +270,7 @@ class IterativeActor(GenerativeActor):
 
     def deterministic_action(self, features: th.Tensor, sampler: Sampler | None = None) -> th.Tensor:
         """
-        The steps from :attr:`latent`, the center of the noise, without noise on the way.
+        The steps from ``latent``, the center of the noise, without noise on the way.
 
         :param features: of the states, (batch_size, features_dim)
         :param sampler: how to sample, though without noise; the actor's own where None
@@ -280,7 +280,7 @@ class IterativeActor(GenerativeActor):
         return self.sample(features, initial_noise=latents, sampler=replace(sampler or self.sampler, noise_scale=0))
 
     def deterministic_candidates(self, features: th.Tensor, sampler: Sampler) -> th.Tensor:
-        """From :attr:`latent`, and from draws that are the same for every agent; see the contract."""
+        """From ``latent``, and from draws that are the same for every agent; see the contract."""
         shape = (sampler.num_candidates - 1, self.action_dim)
         others = th.randn(shape, generator=th.Generator(device="cpu").manual_seed(0), dtype=th.float32, device="cpu")
         latents = th.cat([self.latent, others.to(self.latent)]).repeat(features.shape[0] // sampler.num_candidates, 1)
