@@ -216,8 +216,10 @@ class IterativeActor(GenerativeActor):
 
     def _make_network(self) -> NoisePredictionNetwork:
         sizes = (self.action_dim, self.features_dim, self.net_arch, self.activation_fn, self.time_embed_dim)
-        self.register_buffer("latent", th.zeros(1, self.action_dim))
-        return NoisePredictionNetwork(*sizes)
+        network = NoisePredictionNetwork(*sizes)
+        # drawn as version 0.1.0 did, so that a seed gives the same training, and not used
+        self.register_buffer("latent", 0 * th.randn(1, self.action_dim))
+        return network
 
     @abstractmethod
     def _make_table(self, sampler: Sampler) -> SolverTable:
