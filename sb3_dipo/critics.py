@@ -138,7 +138,7 @@ class EnsembleCritic(Critic):
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """All Q_i(s, a): observations and actions (batch_size, action_dim) to (batch_size, 1) each."""
         x = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
-        return tuple(self.ops.mlp(q_network, x) for q_network in self.q_networks)
+        return self.ops.mlps(self.q_networks, x).unbind(dim=1)
 
     def next_value(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """min_i Q_i(s, a): observations and actions (batch_size, action_dim) to (batch_size, 1), without gradient."""
@@ -204,7 +204,7 @@ class QuantileCritic(Critic):
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """All quantiles: observations and actions (batch_size, action_dim) to (batch_size, n_critics, n_quantiles)."""
         x = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
-        return th.stack([self.ops.mlp(q_network, x) for q_network in self.q_networks], dim=1)
+        return self.ops.mlps(self.q_networks, x)
 
     def next_value(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -215,7 +215,7 @@ class QuantileCritic(Critic):
         :return: (batch_size, n_critics * (n_quantiles - top_quantiles_to_drop_per_net))
         """
         with th.no_grad():
-            mixture = self(obs, actions).flatten(1).sort(dim=1)[0]
+            mixture = self.ops.sort(self(obs, actions).flatten(1))
         return mixture[:, : self.n_critics * (self.n_quantiles - self.top_quantiles_to_drop_per_net)]
 
     def loss(self, obs: PyTorchObs, actions: th.Tensor, targets: th.Tensor) -> th.Tensor:

@@ -60,6 +60,16 @@ class Ops:
         """
         return layers(x)
 
+    def mlps(self, networks: Sequence[nn.Module], x: th.Tensor) -> th.Tensor:
+        """
+        The outputs of some MLPs on the same input, with gradients.
+
+        :param networks: the MLPs
+        :param x: their input, (batch_size, in)
+        :return: (batch_size, number of MLPs, out)
+        """
+        return th.stack([network(x) for network in networks], dim=1)
+
     def reverse_process(
         self,
         network: "NoisePredictionNetwork",
@@ -107,6 +117,10 @@ class Ops:
             return reduce(th.cat([q_network(x) for q_network in q_networks], dim=1))
 
         return q_fn
+
+    def sort(self, x: th.Tensor) -> th.Tensor:
+        """The numbers of each row from the smallest to the largest, (batch_size, n)."""
+        return x.sort(dim=1)[0]
 
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """

@@ -138,15 +138,15 @@ class KernelMish:
         from sb3_dipo.fast.kernels import load_kernels
         from sb3_dipo.fast.layers import Layer
 
-        self.kernels, self.layers = load_kernels(), [Layer(th.ones(1, 1), th.zeros(1))] * 2
+        self.kernels, self.mlps = load_kernels(), [[Layer(th.ones(1, 1), th.zeros(1))] * 2]
 
     def mish(self, x: th.Tensor) -> th.Tensor:
-        return self.kernels.forward(self.layers, x.reshape(-1, 1))[0].view(x.shape)
+        return self.kernels.forward(self.mlps, x.reshape(-1, 1))[0].view(x.shape)
 
     def mish_backward(self, grad_output: th.Tensor, x: th.Tensor) -> th.Tensor:
-        column, of_y = x.reshape(-1, 1), grad_output.reshape(-1, 1)
-        kept = self.kernels.forward(self.layers, column, keep=True)[1]
+        column, of_y = x.reshape(-1, 1), grad_output.reshape(-1, 1, 1)
+        kept = self.kernels.forward(self.mlps, column, keep=True)[1]
         assert kept is not None
-        gradient = self.kernels.backward(self.layers, column, kept, of_y, True, [False] * 4)[0]
+        gradient = self.kernels.backward(self.mlps, column, kept, of_y, True, [False] * 4)[0]
         assert gradient is not None
         return gradient.view(x.shape)

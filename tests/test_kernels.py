@@ -85,7 +85,7 @@ def test_an_mlp_and_its_gradients(ops: FastOps, inputs: int, widths: list[int], 
             assert_near(ops.mlp(net, x), exact(x.double()))
         climber, exact_climber = x.clone().requires_grad_(), x.double().requires_grad_()
         y = ops.mlp(net, climber)
-        assert type(y.grad_fn).__name__ == "_KernelMLPBackward"
+        assert y.grad_fn is not None and type(y.grad_fn.next_functions[0][0]).__name__ == "_KernelMLPsBackward"
         assert_near(y.detach(), exact(exact_climber).detach())
         found = th.autograd.grad((y * weights).sum(), [climber, *net.parameters()])
         expected = th.autograd.grad((exact(exact_climber) * weights).sum(), [exact_climber, *exact.parameters()])
@@ -149,8 +149,28 @@ def test_the_action_gradient(ops: FastOps, n_critics: int, reduce: Any, outputs:
     assert moved > 0.5
 
 
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_mlps_on_the_same_input(ops: FastOps, number: int) -> None:
+    """As each by itself; their hidden layers may differ."""
+    normal = normal_numbers(10)
+    nets = [make_net(normal, 7, [33, 8 + i], 3, bool(i % 2)) for i in range(number)]
+    for rows in (1, 30, 257):
+        x, weights = normal(rows, 7), normal(rows, number, 3)
+        results = []
+        for each in (PLAIN, ops):
+            climber = x.clone().requires_grad_()
+            y = each.mlps(nets, climber)
+            with th.no_grad():
+                assert_near(each.mlps(nets, x), y.detach())
+            parameters = [parameter for net in nets for parameter in net.parameters()]
+            results.append([y.detach(), *th.autograd.grad((y * weights).sum(), [climber, *parameters])])
+        assert y.grad_fn is not None and type(y.grad_fn).__name__ == "_KernelMLPsBackward"
+        for expected, actual in zip(*results, strict=True):
+            assert_near(actual, expected, 10.0)
+
+
 def test_values_after_a_climb_are_those_of_the_actions_given(ops: FastOps) -> None:
-    """Also where the climb began, which the kernel remembers: in another order, or changed in place."""
+    """Also where the climb began: in another order, or changed in place."""
     normal = normal_numbers(8)
     nets = [make_net(normal, 5, [16, 16], 1, False) for _ in range(2)]
     features, actions = normal(20, 3), normal(20, 2).clamp(-1, 1)
@@ -164,6 +184,32 @@ def test_values_after_a_climb_are_those_of_the_actions_given(ops: FastOps) -> No
         values = fast(actions)
         values.zero_()
         th.testing.assert_close(fast(actions), plain(actions), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [th.nan, th.inf, -th.inf])
+def test_sorted_rows(ops: FastOps, bad: float) -> None:
+    """A NaN is the largest."""
+    x = normal_numbers(11)(70, 50)
+    x[3, 7], x[69, 0] = bad, bad
+    for each in (x, x.t(), x[:1], x[:, :1], x.double(), th._neg_view(x), x.clone().requires_grad_()):
+        th.testing.assert_close(ops.sort(each), PLAIN.sort(each), rtol=0, atol=0, equal_nan=True)
+    climber = x.clone().requires_grad_()
+    ops.sort(climber)[:, :4].nansum().backward()
+    assert climber.grad is not None and 0 < int(climber.grad.sum()) <= 280
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.005, 1.0])
+def test_targets_follow(kernels: Kernels, tau: float) -> None:
+    """Of any shape; what lies in memory in another order is moved, too, and autograd sees it."""
+    normal = normal_numbers(12)
+    of = [normal(256, 256), normal(17), normal(1), normal(3, 5, 7), normal(40_000), normal(6, 4).t()]
+    for parameters in (of, of[:-1]):
+        targets, expected = ([2 * each.clone() for each in parameters] for _ in range(2))
+        versions = [each._version for each in targets]
+        FusedGuard(kernels).polyak_update(parameters, targets, tau)
+        Guard().polyak_update(parameters, expected, tau)
+        th.testing.assert_close(targets, expected, rtol=1e-6, atol=1e-7)
+        assert all(each._version > version for each, version in zip(targets, versions, strict=True))
 
 
 @pytest.mark.parametrize("rows, n_critics, count, targets", [(256, 2, 25, 46), (1, 1, 1, 1), (3, 5, 16, 32), (70, 2, 7, 17)])
@@ -400,7 +446,7 @@ def calls_of(kernels: Kernels) -> dict[str, tuple[Callable[..., Any], dict[str, 
     features, actions = normal(9, 4), normal(9, 2)
     adam = {"steps": 2, "rate": 0.1, "max_norm": 0.2, "betas": (0.9, 0.999), "epsilon": 1e-5}
     x = normal(9, 6)
-    kept = kernels.forward(critics[0], x, keep=True)[1]
+    kept = kernels.forward(critics, x, keep=True)[1]
     return {
         "reverse_process": (
             kernels.reverse_process,
@@ -426,10 +472,10 @@ def calls_of(kernels: Kernels) -> dict[str, tuple[Callable[..., Any], dict[str, 
                 **adam,
             },
         ),
-        "forward": (kernels.forward, {"layers": critics[0], "x": x}),
+        "forward": (kernels.forward, {"mlps": critics, "x": x}),
         "backward": (
             kernels.backward,
-            {"layers": critics[0], "x": x, "kept": kept, "of_y": normal(9, 1), "of_x": True, "needed": [True] * 10},
+            {"mlps": critics, "x": x, "kept": kept, "of_y": normal(9, 2, 1), "of_x": True, "needed": [True] * 20},
         ),
         "quantile_huber_loss": (kernels.quantile_huber_loss, {"quantiles": normal(9, 2, 3), "targets": normal(9, 4)}),
     }
@@ -478,7 +524,7 @@ def test_the_kernel_takes_any_strides(kernels: Kernels, name: str) -> None:
     for change in (lambda x: th.stack([x, -x], dim=-1)[..., 0], lambda x: th.complex(x, -x).conj().imag):
         strided: Any = th.utils._pytree.tree_map(lambda x, change=change: change(x) if isinstance(x, th.Tensor) else x, good)
         # parameters and what the kernel itself has made are taken as they are
-        strided.update({name: good[name] for name in ("layers", "critics", "kept") if name in good})
+        strided.update({name: good[name] for name in ("layers", "critics", "mlps", "kept") if name in good})
         found = call(**strided)
         th.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -486,12 +532,12 @@ def test_the_kernel_takes_any_strides(kernels: Kernels, name: str) -> None:
 def test_the_kernel_refuses_strided_parameters(kernels: Kernels) -> None:
     layers = [Layer(th.ones(2, 3), th.ones(2)), Layer(th.ones(2, 2), th.ones(4)[::2])]
     with pytest.raises(TypeError, match="strides"):
-        kernels.forward(layers, th.ones(4, 3))
+        kernels.forward([layers], th.ones(4, 3))
 
 
 def test_the_kernel_refuses_mlps_of_one_layer(kernels: Kernels) -> None:
     with pytest.raises(TypeError, match="two or more layers"):
-        kernels.forward([Layer(th.ones(2, 3), th.ones(2))], th.ones(4, 3))
+        kernels.forward([[Layer(th.ones(2, 3), th.ones(2))]], th.ones(4, 3))
 
 
 # ------------------------------------------------------------------------------------------------- compilation

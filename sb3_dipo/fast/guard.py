@@ -8,7 +8,7 @@ import torch as th
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sb3_dipo.fast.kernels import Kernels
-from sb3_dipo.fast.layers import is_ordinary
+from sb3_dipo.fast.layers import is_dense_on_cpu
 from sb3_dipo.guard import Guard, non_finite
 
 FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
@@ -61,11 +61,13 @@ class FusedGuard(Guard):
 
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""
-        targets = list(target_params)
-        if targets:
+        targets, parameters = list(target_params), list(params)
+        if self.kernels is not None and targets and is_dense_on_cpu(*targets, *parameters):
+            self.kernels.polyak_update(targets, parameters, tau)
+        elif targets:
             with th.no_grad():
                 th._foreach_mul_(targets, 1 - tau)  # rounded as SB3 does: a step of a target is small beside it
-                th._foreach_add_(targets, list(params), alpha=tau)
+                th._foreach_add_(targets, parameters, alpha=tau)
 
 
 def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
@@ -97,6 +99,5 @@ def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> tuple[
             adams.append((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
             steps.append(state["step"])
     tensors = [each for adam in adams for each in adam]
-    if not tensors or not is_ordinary(*tensors, *steps) or not tensors[0].is_cpu or len({step.item() for step in steps}) > 1:
-        return [], []
-    return (adams, steps) if all(each.is_contiguous() and not each.is_neg() for each in tensors) else ([], [])
+    fits = tensors and is_dense_on_cpu(*tensors, *steps) and len({step.item() for step in steps}) == 1
+    return (adams, steps) if fits else ([], [])

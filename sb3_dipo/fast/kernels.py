@@ -152,6 +152,10 @@ class _Adam(ctypes.Structure):
     _fields_ = [*((name, Pointer) for name in ("parameter", "gradient", "mean", "square")), ("size", Number)]
 
 
+class _Average(ctypes.Structure):
+    _fields_ = [("target", Pointer), ("parameter", Pointer), ("size", Number)]
+
+
 class Kernels:
     """
     The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be,
@@ -178,11 +182,12 @@ class Kernels:
                 flag,
                 [Number, *mlp, flag, Pointer, *[Number] * 3, *[Pointer] * 3, Number, *[Pointer] * 2],
             ),
-            ("mlp_kept", Number, [*mlp, Number]),
-            ("mlp_forward", flag, [*mlp, Number, Number, *[Pointer] * 3]),
-            ("mlp_backward", flag, [*mlp, Number, Number, *[Pointer] * 5]),
+            ("mlp_kept", Number, [Number, *mlp, Number]),
+            ("mlp_forward", flag, [Number, *mlp, Number, Number, *[Pointer] * 3]),
+            ("mlp_backward", flag, [Number, *mlp, Number, Number, *[Pointer] * 5]),
             ("gradient_norm_of", Real, [*mlp, Number]),
             ("adam_step_of", None, [*mlp, Number, *[Real] * 6]),
+            ("polyak_update_of", None, [*mlp, Number, Real]),
             ("quantile_huber_loss", Real, [*[Number] * 4, *[Pointer] * 3]),
         ):
             function = getattr(library, name)
@@ -321,62 +326,69 @@ class Kernels:
         )
         return improved, values
 
-    def forward(self, layers: Sequence[Layer], x: th.Tensor, keep: bool = False) -> tuple[th.Tensor, th.Tensor | None]:
+    def forward(self, mlps: Sequence[Sequence[Layer]], x: th.Tensor, keep: bool = False) -> tuple[th.Tensor, th.Tensor | None]:
         """
-        The output of an MLP.
+        The outputs of some MLPs.
 
-        :param layers: two or more
-        :param x: its input, (batch_size, in)
+        :param mlps: the layers of each, two or more
+        :param x: their input, (batch_size, in)
         :param keep: whether :meth:`backward` will be called
-        :return: (batch_size, out), and what that needs, or None
+        :return: (batch_size, number of MLPs, out), and what that needs, or None
         """
         x, (rows, inputs) = _dense(x), _sizes(x)
-        number, array = _layers(layers, inputs=inputs)
-        y = x.new_empty(rows, len(layers[-1].weight))
-        kept = x.new_empty(self._library.mlp_kept(number, array, rows)) if keep else None
+        outputs = len(mlps[0][-1].weight)
+        networks = len(mlps), *_layers(*mlps, inputs=inputs, outputs=outputs)
+        y = x.new_empty(rows, len(mlps), outputs)
+        kept = x.new_empty(self._library.mlp_kept(*networks, rows)) if keep else None
         places = _pointer(x, rows, inputs), None if kept is None else _pointer(kept, kept.numel()), _pointer(y, *y.shape)
-        self._call("mlp_forward", number, array, rows, th.get_num_threads(), *places)
+        self._call("mlp_forward", *networks, rows, th.get_num_threads(), *places)
         return y, kept
 
     def backward(
-        self, layers: Sequence[Layer], x: th.Tensor, kept: th.Tensor, of_y: th.Tensor, of_x: bool, needed: Sequence[bool]
+        self,
+        mlps: Sequence[Sequence[Layer]],
+        x: th.Tensor,
+        kept: th.Tensor,
+        of_y: th.Tensor,
+        of_x: bool,
+        needed: Sequence[bool],
     ) -> list[th.Tensor | None]:
         """
-        The gradients of an MLP.
+        The gradients of some MLPs.
 
-        :param layers: as given to :meth:`forward`
+        :param mlps: as given to :meth:`forward`
         :param x: as given to it
         :param kept: as returned by it
-        :param of_y: the gradient at the output, (batch_size, out)
+        :param of_y: the gradient at the outputs, (batch_size, number of MLPs, out)
         :param of_x: whether that at the input is needed
         :param needed: whether those of the parameters are: of each layer's weight and bias, and, where it has a LayerNorm,
             of its weight and bias
         :return: the gradients at the input and the parameters, None where they are not needed
         """
         x, of_y, (rows, inputs) = _dense(x), _dense(of_y), _sizes(x)
-        number, array = _layers(layers, inputs=inputs)
+        outputs = len(mlps[0][-1].weight)
+        networks = len(mlps), *_layers(*mlps, inputs=inputs, outputs=outputs)
         wanted = iter(needed)
         gradients: list[th.Tensor | None] = []
-        pointers = (Pointer * (4 * number))()
-        for i, layer in enumerate(layers):
+        pointers = (Pointer * (4 * len(mlps) * len(mlps[0])))()
+        for i, layer in enumerate(layer for mlp in mlps for layer in mlp):
             for j, each in enumerate(layer.parameters()):
                 gradient = th.empty_like(each, memory_format=th.contiguous_format) if next(wanted) else None
                 gradients.append(gradient)
                 pointers[4 * i + j] = None if gradient is None else _pointer(gradient, *each.shape)
-        at_x = th.empty_like(x) if of_x else None
+        at_x = x.new_empty(len(mlps), rows, inputs) if of_x else None
         self._call(
             "mlp_backward",
-            number,
-            array,
+            *networks,
             rows,
             th.get_num_threads(),
             _pointer(x, rows, inputs),
-            _pointer(kept, self._library.mlp_kept(number, array, rows)),
-            _pointer(of_y, rows, len(layers[-1].weight)),
+            _pointer(kept, self._library.mlp_kept(*networks, rows)),
+            _pointer(of_y, rows, len(mlps), outputs),
             pointers,
-            None if at_x is None else _pointer(at_x, rows, inputs),
+            None if at_x is None else _pointer(at_x, *at_x.shape),
         )
-        return [at_x, *gradients]
+        return [None if at_x is None else at_x.sum(dim=0), *gradients]
 
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -424,6 +436,20 @@ class Kernels:
         self._library.adam_step_of(len(adams), array, threads, scale, rate, *betas, epsilon, step)
         # what autograd keeps of them, or others have bound, is no longer what it was
         th.autograd.graph.increment_version([each for tensors in adams for each in tensors])
+
+    def polyak_update(self, targets: Sequence[th.Tensor], parameters: Sequence[th.Tensor], tau: float) -> None:
+        """
+        Move targets to tau of the parameters and 1 - tau of themselves, as SB3's ``polyak_update``.
+
+        :param targets: the tensors to change
+        :param parameters: as many, of the same shapes
+        :param tau: between 0 and 1
+        """
+        array = (_Average * len(targets))()
+        for i, (target, parameter) in enumerate(zip(targets, parameters, strict=True)):
+            array[i] = _Average(_pointer(target, *target.shape), _pointer(parameter, *target.shape), target.numel())
+        self._library.polyak_update_of(len(targets), array, th.get_num_threads(), tau)
+        th.autograd.graph.increment_version(targets)
 
 
 def _dense(tensor: th.Tensor) -> th.Tensor:

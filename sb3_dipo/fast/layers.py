@@ -73,6 +73,11 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
     )
 
 
+def is_dense_on_cpu(*tensors: th.Tensor) -> bool:
+    """Whether tensors are ordinary, and lie in the CPU's memory number by number."""
+    return is_ordinary(*tensors) and tensors[0].is_cpu and all(each.is_contiguous() and not each.is_neg() for each in tensors)
+
+
 def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module is calling its class's ``forward`` and nothing else."""
     own = module.__dict__  # __getattr__ of modules is slow
@@ -113,6 +118,23 @@ def known_layers(mlp: nn.Module, device: th.device) -> list[Layer] | None:
             return None
         previous = kind
     return layers if previous is nn.Linear else None
+
+
+def known_mlps(networks: Sequence[nn.Module], device: th.device) -> list[list[Layer]] | None:
+    """
+    The layers of MLPs that are all known and have as many inputs and outputs as each other; else None.
+
+    :param networks: as for :func:`known_layers`
+    :param device: as there
+    """
+    found: list[list[Layer]] = []
+    for network in networks:
+        layers = known_layers(network, device)
+        if layers is None:
+            return None
+        found.append(layers)
+    ends = {(layers[0].weight.shape[1], len(layers[-1].weight)) for layers in found}
+    return found if len(ends) == 1 else None
 
 
 def _is_dense(parameter: nn.Parameter | None, device: th.device) -> bool:

@@ -10,9 +10,10 @@ known, or is asked for in a way that is not, is computed by :class:`~sb3_dipo.ne
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch as th
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from sb3_dipo.action_gradient import ADAM_BETAS, ADAM_EPS
 from sb3_dipo.diffusion.process import noise_scales, sample
 from sb3_dipo.diffusion.solvers import SolverTable
 from sb3_dipo.fast.kernels import Kernels, coefficients
-from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers
+from sb3_dipo.fast.layers import Layer, is_known, is_ordinary, known_layers, known_mlps
 from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.networks import PLAIN, NoisePredictionNetwork, Ops, average, smallest, timestep_embedding
 
@@ -167,7 +168,7 @@ class _MLP(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arithmetic: Arithmetic, layers: list[Layer], x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        ctx.arithmetic, ctx.layers, ctx.kept = arithmetic, layers, []
+        ctx.arithmetic, ctx.mlps, ctx.kept = arithmetic, [layers], []
         ctx.save_for_backward(x, *parameters)
         for i, layer in enumerate(layers):
             product = _product(arithmetic, layer.weight, layer.bias)(x)
@@ -184,12 +185,12 @@ class _MLP(th.autograd.Function):
         inputs = ctx.saved_tensors  # reading them raises an error if they were changed in the meantime
         if th.is_grad_enabled() or not is_ordinary(grad_output):
             return None, None, *_differentiable_gradients(ctx, inputs, grad_output)
-        needed = iter(ctx.needs_input_grad[2:])
+        needed, (layers,) = iter(ctx.needs_input_grad[2:]), ctx.mlps
         of_x = next(needed)
-        of_layers = [[next(needed) for _ in layer.parameters()] for layer in ctx.layers]
+        of_layers = [[next(needed) for _ in layer.parameters()] for layer in layers]
         gradient, gradients = grad_output.contiguous(), list[th.Tensor | None]()
-        for i in reversed(range(len(ctx.layers))):
-            layer, (x, pre_activation, of_norm), wanted = ctx.layers[i], ctx.kept[i], of_layers[i]
+        for i in reversed(range(len(layers))):
+            layer, (x, pre_activation, of_norm), wanted = layers[i], ctx.kept[i], of_layers[i]
             found: list[th.Tensor | None] = []
             if pre_activation is not None:
                 gradient = ctx.arithmetic.mish_backward(gradient, pre_activation)
@@ -201,13 +202,13 @@ class _MLP(th.autograd.Function):
         return None, None, gradient if of_x else None, *gradients
 
 
-class _KernelMLP(th.autograd.Function):
-    """As :class:`_MLP`, by the kernel."""
+class _KernelMLPs(th.autograd.Function):
+    """Several MLPs on the same input, as :class:`_MLP`, by the kernel: (batch_size, number of MLPs, out)."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, layers: list[Layer], x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        ctx.kernels, ctx.layers = kernels, layers
-        y, ctx.kept = kernels.forward(layers, x, keep=True)
+    def forward(ctx: Any, kernels: Kernels, mlps: list[list[Layer]], x: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        ctx.kernels, ctx.mlps = kernels, mlps
+        y, ctx.kept = kernels.forward(mlps, x, keep=True)
         ctx.save_for_backward(x, *parameters)
         return y
 
@@ -218,9 +219,9 @@ class _KernelMLP(th.autograd.Function):
             return None, None, *_differentiable_gradients(ctx, inputs, grad_output)
         x, *parameters = inputs
         own = iter(parameters)
-        layers = [layer.with_parameters(own) for layer in ctx.layers]
+        mlps = [[layer.with_parameters(own) for layer in layers] for layers in ctx.mlps]
         _, _, of_x, *of_parameters = ctx.needs_input_grad
-        return None, None, *ctx.kernels.backward(layers, x, ctx.kept, grad_output, of_x, of_parameters)
+        return None, None, *ctx.kernels.backward(mlps, x, ctx.kept, grad_output, of_x, of_parameters)
 
 
 class _QuantileHuberLoss(th.autograd.Function):
@@ -250,17 +251,22 @@ def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) 
 def _differentiable_gradients(ctx: Any, inputs: Sequence[th.Tensor], grad_output: th.Tensor) -> list[th.Tensor | None]:
     again = th.is_grad_enabled()
     with th.enable_grad(), th.autocast(inputs[0].device.type, enabled=False):
-        x, *_ = inputs
         parameters = iter(inputs[1:])
-        for i, each in enumerate(ctx.layers):
-            layer = each.with_parameters(parameters)
-            x = F.linear(x, layer.weight, layer.bias)
-            if layer.scale is not None:
-                x = F.layer_norm(x, layer.scale.shape, layer.scale, layer.shift, layer.eps)
-            x = F.mish(x) if i < len(ctx.layers) - 1 else x
+        y = th.stack([_by_modules(layers, inputs[0], parameters) for layers in ctx.mlps], dim=1).view_as(grad_output)
         wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-        found = iter(th.autograd.grad(x, wanted, grad_output.to(x.dtype), create_graph=again))
+        found = iter(th.autograd.grad(y, wanted, grad_output.to(y.dtype), create_graph=again))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]
+
+
+def _by_modules(layers: Sequence[Layer], x: th.Tensor, parameters: Iterator[th.Tensor]) -> th.Tensor:
+    """What the modules of an MLP do, with the next ones of some parameters."""
+    for i, each in enumerate(layers):
+        layer = each.with_parameters(parameters)
+        x = F.linear(x, layer.weight, layer.bias)
+        if layer.scale is not None:
+            x = F.layer_norm(x, layer.scale.shape, layer.scale, layer.shift, layer.eps)
+        x = F.mish(x) if i < len(layers) - 1 else x
+    return x
 
 
 # ------------------------------------------------------------------------------------------------- the interface
@@ -314,18 +320,30 @@ class FastOps(Ops):
 
     def mlp(self, layers: nn.Module, x: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.mlp`."""
-        fast = is_ordinary(x) and x.device.type == "cpu" and len(x) >= FEW_ROWS
-        known = known_layers(layers, x.device) if fast else None
-        if known is None or x.dim() != 2 or x.shape[1] != known[0].weight.shape[1]:
-            return super().mlp(layers, x)
-        kernels = self.kernels_for(x, known)
+        y = self._known_mlps([layers], x)
+        return super().mlp(layers, x) if y is None else y.flatten(1)
+
+    def mlps(self, networks: Sequence[nn.Module], x: th.Tensor) -> th.Tensor:
+        """See :meth:`sb3_dipo.networks.Ops.mlps`."""
+        y = self._known_mlps(networks, x)
+        return super().mlps(networks, x) if y is None else y
+
+    def _known_mlps(self, networks: Sequence[nn.Module], x: th.Tensor) -> th.Tensor | None:
+        """As :meth:`mlps`, or None where they are not known, or are no faster this way."""
+        if not is_ordinary(x) or x.device.type != "cpu" or len(x) < FEW_ROWS or x.dim() != 2:
+            return None
+        mlps = known_mlps(networks, x.device)
+        if mlps is None or mlps[0][0].weight.shape[1] != x.shape[1]:
+            return None
+        kernels = self.kernels_for(x, *mlps)
         if kernels is not None and not th.is_grad_enabled():
-            return kernels.forward(known, x)[0]
-        parameters = [parameter for layer in known for parameter in layer.parameters()]
-        if kernels is not None:
-            result: th.Tensor = _KernelMLP.apply(kernels, known, x, *parameters)
-        else:
-            result = _MLP.apply(self.arithmetic(x), known, x, *parameters)
+            result: th.Tensor = kernels.forward(mlps, x)[0]
+            return result
+        parameters = [[each for layer in layers for each in layer.parameters()] for layers in mlps]
+        if kernels is None:
+            arithmetic = self.arithmetic(x)
+            return th.stack([_MLP.apply(arithmetic, mlps[i], x, *own) for i, own in enumerate(parameters)], dim=1)
+        result = _KernelMLPs.apply(kernels, mlps, x, *(each for own in parameters for each in own))
         return result
 
     def reverse_process(
@@ -385,13 +403,16 @@ class FastOps(Ops):
         critics = known_critics(q_networks, features, reduce)
         if critics is None:
             return plain
-        given = (plain, q_networks, features, reduce, critics)
-        kernels = self.kernels_for(features, *critics)
-        if kernels is not None:
-            of_gradient = self.kernels_for(features, *critics, rounded=True) or kernels
-            return KernelObjective(*given, kernels=kernels, of_gradient=of_gradient)
-        arithmetic = self.arithmetic(features)
-        return OperatorObjective(*given, arithmetic=arithmetic, of_gradient=self.arithmetic(features, rounded=True))
+        given = (plain, q_networks, features, reduce)
+        if self.kernels_for(features, *critics) is not None:
+            return KernelObjective(self, *given)
+        return OperatorObjective(critics, self.arithmetic(features), self.arithmetic(features, rounded=True), *given)
+
+    def sort(self, x: th.Tensor) -> th.Tensor:
+        """See :meth:`sb3_dipo.networks.Ops.sort`. NumPy sorts short rows many times as fast as PyTorch."""
+        if not is_ordinary(x) or not x.is_cpu or x.requires_grad:
+            return super().sort(x)
+        return th.from_numpy(np.sort(x.resolve_neg().numpy(), axis=1))
 
     def quantile_huber_loss(self, quantiles: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """See :meth:`sb3_dipo.networks.Ops.quantile_huber_loss`."""
@@ -408,92 +429,74 @@ class FastOps(Ops):
 
 def known_critics(q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Function) -> list[list[Layer]] | None:
     """
-    The layers of critics that are all known and have as many inputs and outputs as each other; else None.
+    The layers of critics that are all known; else None.
 
     :param q_networks: the critics' MLPs, each on [features, actions]
     :param features: of the states, (batch_size, features_dim)
     :param reduce: what is made of their outputs side by side; the smallest is known of one for each critic
     """
-    found = [layers for q_network in q_networks if (layers := known_layers(q_network, features.device))]
-    ends = {(layers[0].weight.shape[1], len(layers[-1].weight)) for layers in found}
-    if len(found) != len(q_networks) or len(ends) != 1:
+    found = known_mlps(q_networks, features.device)
+    if found is None or found[0][0].weight.shape[1] <= features.shape[1]:
         return None
-    inputs, outputs = ends.pop()
-    return found if inputs > features.shape[1] and (reduce is average or outputs == 1) else None
+    return found if reduce is average or len(found[0][-1].weight) == 1 else None
 
 
 class Objective(ABC):
     """
-    The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. What is not known, or
-    has changed since, is computed by the modules.
+    The smallest or the mean of the critics' outputs at fixed states, with a gradient computed by hand. What is not known is
+    computed by the modules.
 
     :param plain: the same function by the modules
     :param q_networks: the critics' MLPs, of :func:`known_critics`, on [features, actions]
     :param features: of the states, (batch_size, features_dim)
     :param reduce: :func:`~sb3_dipo.networks.smallest` or :func:`~sb3_dipo.networks.average`
-    :param critics: what :func:`known_critics` has found
     """
 
-    def __init__(
-        self,
-        plain: Function,
-        q_networks: Sequence[nn.Module],
-        features: th.Tensor,
-        reduce: Function,
-        critics: list[list[Layer]],
-    ):
+    def __init__(self, plain: Function, q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Function):
         self.plain, self.q_networks, self.features, self.reduce = plain, q_networks, features, reduce
         self.mean = reduce is average
-        self.critics = critics
-        self.made_of = self._state_of(critics)
-        self.shape = (features.shape[0], critics[0][0].weight.shape[1] - features.shape[1])
 
-    def _state_of(self, critics: list[list[Layer]] | None) -> Any:
-        """What the function is made of, or None if it is not known (any more)."""
+    def known(self, *actions: th.Tensor) -> list[list[Layer]] | None:
+        """The critics' layers, if all actions are as many as the states, and dense float32; else None."""
+        if not is_ordinary(self.features, *actions):
+            return None
+        critics = known_critics(self.q_networks, self.features, self.reduce)
         if critics is None:
             return None
-        parameters = [each for layers in critics for layer in layers for each in layer.parameters()]
-        eps = [layer.eps for layers in critics for layer in layers]
-        # tensors that were made in inference mode have no version
-        versions = [0 if each.is_inference() else each._version for each in (*parameters, self.features)]
-        return eps, versions, [(id(each), each.data_ptr()) for each in (*parameters, self.features)]
-
-    def knows(self, *actions: th.Tensor) -> bool:
-        """Whether all of them are as many as the states, and dense float32, and the critics and states are what they were."""
-        fits = is_ordinary(self.features, *actions) and all(each.shape == self.shape for each in actions)
-        return fits and self.made_of == self._state_of(known_critics(self.q_networks, self.features, self.reduce))
+        shape = self.features.shape[0], critics[0][0].weight.shape[1] - self.features.shape[1]
+        return critics if all(each.shape == shape for each in actions) else None
 
     def __call__(self, actions: th.Tensor) -> th.Tensor:
         """Actions (batch_size, action_dim) to values (batch_size, 1), differentiable as often as one likes."""
-        if th.is_grad_enabled() or not self.knows(actions):
-            return self.plain(actions)
-        return self.values(actions)
+        critics = None if th.is_grad_enabled() else self.known(actions)
+        return self.plain(actions) if critics is None else self.values(critics, actions)
 
     @abstractmethod
-    def values(self, actions: th.Tensor) -> th.Tensor:
-        """The values at actions that are known, without gradient."""
+    def values(self, critics: list[list[Layer]], actions: th.Tensor) -> th.Tensor:
+        """The values at actions, of critics that are known, without gradient."""
 
 
 class KernelObjective(Objective):
     """
     By the kernel, which also climbs.
 
+    :param ops: whose kernels these are
     :param given: as :class:`Objective`
-    :param kernels: for values
-    :param of_gradient: for gradients
     """
 
-    def __init__(self, *given: Any, kernels: "Kernels | TritonKernels", of_gradient: "Kernels | TritonKernels"):
+    def __init__(self, ops: "FastOps", *given: Any):
         super().__init__(*given)
-        self.kernels, self.of_gradient = kernels, of_gradient
-        self.start: tuple[th.Tensor, th.Tensor] | None = None
-        """Where the last climb began, and the values there, which were computed on the way."""
+        self.ops = ops
 
-    def values(self, actions: th.Tensor) -> th.Tensor:
+    def known(self, *actions: th.Tensor) -> list[list[Layer]] | None:
+        """See :class:`Objective`; and the kernel takes them."""
+        critics = super().known(*actions)
+        return None if critics is None or self.ops.kernels_for(self.features, *critics) is None else critics
+
+    def values(self, critics: list[list[Layer]], actions: th.Tensor) -> th.Tensor:
         """See :class:`Objective`."""
-        if self.start is not None and th.equal(actions, self.start[0]):
-            return self.start[1].clone()
-        return self.kernels.values(self.critics, self.features, actions, self.mean)
+        values: th.Tensor = self.ops.kernels_for(self.features, *critics).values(critics, self.features, actions, self.mean)
+        return values
 
     def improve(
         self,
@@ -513,47 +516,63 @@ class KernelObjective(Objective):
         :param max_norm: largest norm of the batch's gradient
         :return: improved actions, (batch_size, action_dim), or None for actions that are not known
         """
-        if not self.knows(actions, *(bounds or ())):
+        critics = self.known(actions, *(bounds or ()))
+        if critics is None:
             return None
+        kernels = self.ops.kernels_for(self.features, *critics, rounded=True)
         adam = (action_gradient_steps, action_lr, max_norm, ADAM_BETAS, ADAM_EPS)
-        improved, values = self.of_gradient.improve(self.critics, self.features, actions, self.mean, bounds, *adam)
-        if self.of_gradient is self.kernels and actions.is_cpu:  # to compare would wait for a GPU
-            self.start = actions.clone(), values
+        improved: th.Tensor = kernels.improve(critics, self.features, actions, self.mean, bounds, *adam)[0]
         return improved
 
 
 class OperatorObjective(Objective):
     """
-    By PyTorch's operators. The gradient of the smallest passes through each row's smallest critic alone; for the mean of many
-    outputs, the last layers' weights are averaged.
+    By PyTorch's operators, with what does not change from step to step made in advance. The gradient of the smallest passes
+    through each row's smallest critic alone; for the mean of many outputs, the last layers' weights are averaged.
 
-    :param given: as :class:`Objective`
+    :param critics: what :func:`known_critics` has found
     :param arithmetic: how to compute values
     :param of_gradient: how to compute gradients
+    :param given: as :class:`Objective`
     """
 
-    def __init__(self, *given: Any, arithmetic: Arithmetic, of_gradient: Arithmetic):
+    def __init__(self, critics: list[list[Layer]], arithmetic: Arithmetic, of_gradient: Arithmetic, *given: Any):
         super().__init__(*given)
+        self.made_of = self._state_of(critics)
         self.evaluated: list[tuple[BoundMLP, th.Tensor]] = []
         self.climbed: list[tuple[BoundMLP, th.Tensor]] = []
         with th.no_grad():
-            for layers in self.critics:
+            for layers in critics:
                 if self.mean:
                     *hidden, last = layers
                     layers = [*hidden, Layer(last.weight.mean(dim=0, keepdim=True), last.bias.mean(dim=0, keepdim=True))]
-                on_state, on_action = layers[0].weight.split([self.features.shape[1], self.shape[1]], dim=1)
+                features_dim = self.features.shape[1]
+                on_state, on_action = layers[0].weight.tensor_split([features_dim], dim=1)
                 of_state = F.linear(self.features, on_state, layers[0].bias)
                 self.climbed.append((BoundMLP(layers, on_action, of_gradient, True), of_state))
                 same = of_gradient == arithmetic
                 self.evaluated.append(self.climbed[-1] if same else (BoundMLP(layers, on_action, arithmetic), of_state))
 
-    def values(self, actions: th.Tensor) -> th.Tensor:
+    def _state_of(self, critics: list[list[Layer]]) -> Any:
+        """What the function is made of."""
+        parameters = [each for layers in critics for layer in layers for each in layer.parameters()]
+        eps = [layer.eps for layers in critics for layer in layers]
+        # tensors that were made in inference mode have no version
+        versions = [0 if each.is_inference() else each._version for each in (*parameters, self.features)]
+        return eps, versions, [(id(each), each.data_ptr()) for each in (*parameters, self.features)]
+
+    def known(self, *actions: th.Tensor) -> list[list[Layer]] | None:
+        """See :class:`Objective`; and critics and states are what they were."""
+        critics = super().known(*actions)
+        return critics if critics is not None and self._state_of(critics) == self.made_of else None
+
+    def values(self, critics: list[list[Layer]], actions: th.Tensor) -> th.Tensor:
         """See :class:`Objective`."""
         return self.reduce(th.cat([mlp(of_state, actions) for mlp, of_state in self.evaluated], dim=1))
 
     def gradient(self, actions: th.Tensor) -> th.Tensor:
         """The gradient of the values' sum at actions, (batch_size, action_dim), without one of its own."""
-        if not self.knows(actions):
+        if self.known(actions) is None:
             with th.enable_grad():
                 climber = actions.detach().requires_grad_()
                 return th.autograd.grad(self.plain(climber).sum(), climber)[0]

@@ -1,4 +1,4 @@
-// A step of Adam (Kingma and Ba 2015) on a clipped gradient.
+// A step of Adam (Kingma and Ba 2015) on a clipped gradient, and Polyak's average.
 #pragma once
 
 #include <cmath>
@@ -14,10 +14,17 @@ struct Adam {
     int64_t size;
 };
 
+// The parameter of a target network, and the network's own, which has `size` numbers.
+struct Average {
+    float *target;
+    const float *parameter;
+    int64_t size;
+};
+
 constexpr int64_t PIECE = 1 << 14;  // numbers that a thread takes at a time
 
 // Call task(which, begin, size) for pieces of all parameters.
-template <class Task> static void pieces(int64_t count, const Adam *all, int64_t threads, const Task &task) {
+template <class One, class Task> static void pieces(int64_t count, const One *all, int64_t threads, const Task &task) {
     std::vector<std::pair<int64_t, int64_t>> list;
     for (int64_t i = 0; i < count; ++i)
         for (int64_t begin = 0; begin < all[i].size; begin += PIECE) list.emplace_back(i, begin);
@@ -61,6 +68,18 @@ static void adam_step(int64_t count, const Adam *all, int64_t threads, double sc
             store_first(one.mean + i, mean, left);
             store_first(one.square + i, square, left);
             store_first(one.parameter + i, load_first(one.parameter + i, left) - change, left);
+        }
+    });
+}
+
+// (1 - tau) of each target and tau of its parameter, rounded as SB3 does: a step of a target is small beside it.
+static void polyak_update(int64_t count, const Average *all, int64_t threads, double tau) {
+    const float keep = 1 - tau, take = tau;
+    pieces(count, all, threads, [&](int64_t, const Average &one, int64_t begin, int64_t size) {
+        for (int64_t i = begin; i < begin + size; i += LANES) {
+            const int64_t left = begin + size - i;
+            const Vector kept = load_first(one.target + i, left) * keep;
+            store_first(one.target + i, kept + load_first(one.parameter + i, left) * take, left);
         }
     });
 }

@@ -52,16 +52,20 @@ int32_t action_gradient(int64_t critics, int64_t layers, const Layer *layer, int
     });
 }
 
-int64_t mlp_kept(int64_t layers, const Layer *layer, int64_t rows) { return Saved(layers, layer, rows, nullptr).size; }
-
-int32_t mlp_forward(int64_t layers, const Layer *layer, int64_t rows, int64_t threads, const float *x, float *saved,
-                    float *y) {
-    return guarded([=] { forward(layers, layer, rows, threads, x, saved, y); });
+int64_t mlp_kept(int64_t count, int64_t layers, const Layer *layer, int64_t rows) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; ++i) size += Saved(layers, layer + i * layers, rows, nullptr).size;
+    return size;
 }
 
-int32_t mlp_backward(int64_t layers, const Layer *layer, int64_t rows, int64_t threads, const float *x, float *saved,
-                     const float *of_y, const Gradients *gradients, float *of_x) {
-    return guarded([=] { backward(layers, layer, rows, threads, x, saved, of_y, gradients, of_x); });
+int32_t mlp_forward(int64_t count, int64_t layers, const Layer *layer, int64_t rows, int64_t threads, const float *x,
+                    float *saved, float *y) {
+    return guarded([=] { forward(count, layers, layer, rows, threads, x, saved, y); });
+}
+
+int32_t mlp_backward(int64_t count, int64_t layers, const Layer *layer, int64_t rows, int64_t threads, const float *x,
+                     float *saved, const float *of_y, const Gradients *gradients, float *of_x) {
+    return guarded([=] { backward(count, layers, layer, rows, threads, x, saved, of_y, gradients, of_x); });
 }
 
 double gradient_norm_of(int64_t count, const Adam *all, int64_t threads) { return gradient_norm(count, all, threads); }
@@ -69,6 +73,10 @@ double gradient_norm_of(int64_t count, const Adam *all, int64_t threads) { retur
 void adam_step_of(int64_t count, const Adam *all, int64_t threads, double scale, double rate, double beta1, double beta2,
                   double epsilon, double step) {
     adam_step(count, all, threads, scale, rate, beta1, beta2, epsilon, step);
+}
+
+void polyak_update_of(int64_t count, const Average *all, int64_t threads, double tau) {
+    polyak_update(count, all, threads, tau);
 }
 
 double quantile_huber_loss(int64_t rows, int64_t networks, int64_t count, int64_t target_count, const float *quantiles,
