@@ -206,7 +206,7 @@ class Kernels:
 
     def rounded(self, *mlps: Sequence[Layer]) -> "Kernels":
         """The kernel of bfloat16 for these MLPs, where it is faster, else this one."""
-        even = all(len(layer.weight) % 2 == 0 for layers in mlps for layer in layers[:-1])
+        even = all(layer.weight.shape[0] % 2 == 0 for layers in mlps for layer in layers[:-1])
         return (rounding_kernels() if even else None) or self
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -336,7 +336,7 @@ class Kernels:
         :return: (batch_size, number of MLPs, out), and what that needs, or None
         """
         x, (rows, inputs) = _dense(x), _sizes(x)
-        outputs = len(mlps[0][-1].weight)
+        outputs = mlps[0][-1].weight.shape[0]
         networks = len(mlps), *_layers(*mlps, inputs=inputs, outputs=outputs)
         y = x.new_empty(rows, len(mlps), outputs)
         kept = x.new_empty(self._library.mlp_kept(*networks, rows)) if keep else None
@@ -366,7 +366,7 @@ class Kernels:
         :return: the gradients at the input and the parameters, None where they are not needed
         """
         x, of_y, (rows, inputs) = _dense(x), _dense(of_y), _sizes(x)
-        outputs = len(mlps[0][-1].weight)
+        outputs = mlps[0][-1].weight.shape[0]
         networks = len(mlps), *_layers(*mlps, inputs=inputs, outputs=outputs)
         wanted = iter(needed)
         gradients: list[th.Tensor | None] = []

@@ -107,7 +107,7 @@ def known_layers(mlp: nn.Module, device: th.device) -> list[Layer] | None:
         if not (_is_dense(weight, device) and _is_dense(bias, device)) or weight is None or bias is None:
             return None
         if kind is nn.Linear and previous is nn.Mish:
-            fits = weight.dim() == 2 and (not layers or weight.shape[1] == len(layers[-1].weight))
+            fits = weight.dim() == 2 and (not layers or weight.shape[1] == layers[-1].weight.shape[0])
             layers.append(Layer(weight, bias))
         elif isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and previous is nn.Linear:
             fits = weight.shape == layers[-1].bias.shape == module.normalized_shape
@@ -133,7 +133,7 @@ def known_mlps(networks: Sequence[nn.Module], device: th.device) -> list[list[La
         if layers is None:
             return None
         found.append(layers)
-    ends = {(layers[0].weight.shape[1], len(layers[-1].weight)) for layers in found}
+    ends = {(layers[0].weight.shape[1], layers[-1].weight.shape[0]) for layers in found}
     return found if len(ends) == 1 else None
 
 

@@ -398,12 +398,14 @@ class FastOps(Ops):
     def objective(self, q_networks: Sequence[nn.Module], features: th.Tensor, reduce: Callable[[th.Tensor], th.Tensor]) -> Any:
         """See :meth:`sb3_dipo.networks.Ops.objective`."""
         plain = super().objective(q_networks, features, reduce)
-        if not is_ordinary(features) or reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
+        given = (plain, q_networks, features, reduce)
+        if reduce not in (smallest, average) or features.requires_grad or features.dim() != 2:
             return plain
-        critics = known_critics(q_networks, features, reduce)
+        if isinstance(self.kernels, Kernels):
+            return KernelObjective(self, *given)
+        critics = known_critics(q_networks, features, reduce) if is_ordinary(features) else None
         if critics is None:
             return plain
-        given = (plain, q_networks, features, reduce)
         if self.kernels_for(features, *critics) is not None:
             return KernelObjective(self, *given)
         return OperatorObjective(critics, self.arithmetic(features), self.arithmetic(features, rounded=True), *given)
