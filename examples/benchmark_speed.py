@@ -79,7 +79,8 @@ QUICK: dict[str, Any] = {"dims": ["Hopper-v5"], "modes": ["off", "auto"], "round
 QUICK |= {"learn_steps": 4, "n_envs": 2, "batch_size": 16}
 TITLES = {
     "update": "milliseconds of one update",
-    "action": "milliseconds of one action, batch {}",
+    "action": "milliseconds of one action as in training, batch {}",
+    "deterministic": "milliseconds of one action with deterministic=True, batch {}",
     "learn": "steps a second of learn(), environments: {}",
 }
 Calls = dict[str, Callable[[], object]]
@@ -158,6 +159,7 @@ def model_calls(model: OffPolicyAlgorithm, env: VecEnv, args: argparse.Namespace
         return learn
     observations = random_transitions(env)[0][:16, 0]
     actions = {f"action {size}": partial(model.predict, observations[:size]) for size in (1, 16)}
+    actions["deterministic 1"] = partial(model.predict, observations[:1], deterministic=True)
     return {"update": partial(model.train, 1, args.batch_size), **actions, **learn}
 
 

@@ -16,7 +16,10 @@ from sb3_dipo import RECOMMENDED
 
 SCRIPT = EXAMPLES / "benchmark_speed.py"
 NAIVE = "naive DIPO K=100"
-MEASURES = {"update": "ms", "action 1": "ms", "action 16": "ms", "learn 1": "steps/s", "learn 2": "steps/s"}
+MEASURES = {
+    **{"update": "ms", "action 1": "ms", "action 16": "ms", "deterministic 1": "ms"},
+    **{"learn 1": "steps/s", "learn 2": "steps/s"},
+}
 
 
 def run(*arguments: str, cwd: Path, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
@@ -56,10 +59,10 @@ def test_all_competitors(tmp_path: Path) -> None:
     dipos = {f"{name}, {mode}" for name in content["settings"] for mode in ("off", "auto")}
     rows = {(row["measure"], row["name"]): row for row in content["results"]}
     for measure, unit in MEASURES.items():
-        naive = set() if measure.startswith("learn") else {NAIVE}
+        naive = set() if measure.split()[0] in ("learn", "deterministic") else {NAIVE}
         names = {name for at, name in rows if at == measure}
         assert names == {*dipos, *naive, "SAC", "TD3", "TQC", "CrossQ"}
-        assert all(table.count(f"\n| {name} | ") == len(MEASURES) - 2 * (name == NAIVE) for name in names)
+        assert all(table.count(f"\n| {name} | ") == len(MEASURES) - 3 * (name == NAIVE) for name in names)
         for name in names:
             row = rows[measure, name]
             values = np.array(row["values"])

@@ -376,7 +376,8 @@ def test_clipped_steps_of_adam(kernels: Kernels, max_grad_norm: float, options: 
     for actual, expected in zip(
         stepped(FusedGuard(kernels), max_grad_norm, **options), stepped(Guard(), max_grad_norm, **options), strict=True
     ):
-        th.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+        # gradients are differences of numbers near 1
+        th.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_steps_of_adam_are_seen_by_autograd_and_by_hooks(kernels: Kernels) -> None:
@@ -531,7 +532,7 @@ def test_the_kernel_takes_any_strides(kernels: Kernels, name: str) -> None:
 
 def test_the_kernel_refuses_strided_parameters(kernels: Kernels) -> None:
     layers = [Layer(th.ones(2, 3), th.ones(2)), Layer(th.ones(2, 2), th.ones(4)[::2])]
-    with pytest.raises(TypeError, match="strides"):
+    with pytest.raises(TypeError, match="dense: False"):
         kernels.forward([layers], th.ones(4, 3))
 
 

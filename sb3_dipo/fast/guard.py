@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch as th
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from sb3_dipo.fast.kernels import Kernels
-from sb3_dipo.fast.layers import is_dense_on_cpu
+from sb3_dipo.fast.kernels import Kernels, RefusedError
+from sb3_dipo.fast.layers import is_ordinary
 from sb3_dipo.guard import Guard, non_finite
 
 FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
@@ -48,26 +47,31 @@ class FusedGuard(Guard):
                 raise non_finite(name, f" (loss {loss.item()}, gradient norm {norm})")
 
         (group,) = optimizer.param_groups
-        adams, steps = _adams(optimizer, group["params"])
-        if adams:
-            beta1, beta2 = group["betas"]
-            adam = (float(group["lr"]), (float(beta1), float(beta2)), float(group["eps"]), steps[0].item() + 1)
-            self.kernels.clip_and_step(adams, max_grad_norm, *adam, check)
-            th._foreach_add_(steps, 1)
-        else:  # the first step, or gradients that the kernel does not take
-            check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
-            optimizer.step()
-            _tell_autograd(optimizer)
+        adams = _adams(optimizer, group["params"]) if is_ordinary(loss) else []
+        beta1, beta2 = group["betas"]
+        adam = float(group["lr"]), (float(beta1), float(beta2)), float(group["eps"])
+        try:
+            if adams:  # else this is the first step
+                return self.kernels.clip_and_step(adams, max_grad_norm, *adam, check)
+        except RefusedError:
+            pass
+        check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
+        optimizer.step()
+        _tell_autograd(optimizer)
 
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""
         targets, parameters = list(target_params), list(params)
-        if self.kernels is not None and targets and is_dense_on_cpu(*targets, *parameters):
-            self.kernels.polyak_update(targets, parameters, tau)
-        elif targets:
-            with th.no_grad():
-                th._foreach_mul_(targets, 1 - tau)  # rounded as SB3 does: a step of a target is small beside it
-                th._foreach_add_(targets, parameters, alpha=tau)
+        if not targets:
+            return
+        try:
+            if self.kernels is not None and is_ordinary(targets[0]):
+                return self.kernels.polyak_update(targets, parameters, tau)
+        except RefusedError:
+            pass
+        with th.no_grad():
+            th._foreach_mul_(targets, 1 - tau)  # rounded as SB3 does: a step of a target is small beside it
+            th._foreach_add_(targets, parameters, alpha=tau)
 
 
 def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
@@ -88,16 +92,13 @@ def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     return bool(group["fused"]) and not (hooks or everywhere or scaled or any(group[name] for name in others))
 
 
-def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> tuple[list[Any], list[th.Tensor]]:
-    """Parameters that have gradients, with what Adam keeps of them, and its steps; nothing if any is out of the ordinary."""
-    adams, steps = [], []
+def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> list[tuple[th.Tensor, ...]]:
+    """Parameters that have gradients, these, and what Adam keeps of them; nothing if it has not yet taken a step of each."""
+    adams: list[tuple[th.Tensor, ...]] = []
     for parameter in parameters:
         if parameter.grad is not None:
             state = optimizer.state.get(parameter)
             if not state:
-                return [], []
-            adams.append((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-            steps.append(state["step"])
-    tensors = [each for adam in adams for each in adam]
-    fits = tensors and is_dense_on_cpu(*tensors, *steps) and len({step.item() for step in steps}) == 1
-    return (adams, steps) if fits else ([], [])
+                return []
+            adams.append((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+    return adams

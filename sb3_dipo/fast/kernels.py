@@ -24,11 +24,16 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-std=c++17")
 SOURCE = pathlib.Path(__file__).with_name("kernel")
 
+TENSORS = (th.Tensor, th.nn.Parameter)
 Pointer, Number, Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class KernelError(RuntimeError):
     """The kernel could not be compiled or loaded; the message says why."""
+
+
+class RefusedError(TypeError):
+    """The kernel does not take these tensors; the message says why."""
 
 
 # ------------------------------------------------------------------------------------------------- compilation
@@ -149,7 +154,7 @@ class _Climb(ctypes.Structure):
 
 
 class _Adam(ctypes.Structure):
-    _fields_ = [*((name, Pointer) for name in ("parameter", "gradient", "mean", "square")), ("size", Number)]
+    _fields_ = [*((name, Pointer) for name in ("parameter", "gradient", "mean", "square", "step")), ("size", Number)]
 
 
 class _Average(ctypes.Structure):
@@ -158,8 +163,9 @@ class _Average(ctypes.Structure):
 
 class Kernels:
     """
-    The compiled functions. A ``TypeError`` refuses whatever is not float32 on the CPU, or of another shape than it should be,
-    and parameters that do not lie in memory row by row. Pointers are taken anew in each call, so that tensors may move.
+    The compiled functions. A :class:`RefusedError` refuses whatever is not float32 on the CPU, or of another shape than it
+    should be, and parameters that do not lie in memory row by row. Pointers are taken anew in each call, so that tensors may
+    move.
 
     :param library: made from ``kernel.cpp``
     :param bfloat16: whether its products between hidden layers are of bfloat16
@@ -186,7 +192,7 @@ class Kernels:
             ("mlp_forward", flag, [Number, *mlp, Number, Number, *[Pointer] * 3]),
             ("mlp_backward", flag, [Number, *mlp, Number, Number, *[Pointer] * 5]),
             ("gradient_norm_of", Real, [*mlp, Number]),
-            ("adam_step_of", None, [*mlp, Number, *[Real] * 6]),
+            ("adam_step_of", None, [*mlp, Number, *[Real] * 5]),
             ("polyak_update_of", None, [*mlp, Number, Real]),
             ("quantile_huber_loss", Real, [*[Number] * 4, *[Pointer] * 3]),
         ):
@@ -407,33 +413,32 @@ class Kernels:
 
     def clip_and_step(
         self,
-        adams: Sequence[tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]],
+        adams: Sequence[tuple[th.Tensor, ...]],
         max_norm: float,
         rate: float,
         betas: tuple[float, float],
         epsilon: float,
-        step: float,
         may_step: Callable[[float], None],
     ) -> None:
         """
         Clip gradients by their joint norm, as PyTorch's ``clip_grad_norm_``, and take a step of Adam.
 
-        :param adams: parameters, their gradients, and Adam's means of gradients and of their squares; all are changed
+        :param adams: of each parameter itself, its gradient, Adam's means of gradients and of their squares, all of one shape,
+            and the number of steps, a scalar; all are changed
         :param max_norm: largest norm
         :param rate: step size
         :param betas: of Adam
         :param epsilon: of Adam
-        :param step: the number of the step, counted from 1
         :param may_step: called with the norm before anything is changed; may raise an error
         """
         array = (_Adam * len(adams))()
-        for i, tensors in enumerate(adams):
-            array[i] = _Adam(*(_pointer(each, *tensors[0].shape) for each in tensors), tensors[0].numel())
+        for i, (*tensors, step) in enumerate(adams):
+            array[i] = _Adam(*(_pointer(each, *tensors[0].shape) for each in tensors), _pointer(step), tensors[0].numel())
         threads = th.get_num_threads()
         norm = self._library.gradient_norm_of(len(adams), array, threads)
         may_step(norm)
         scale = min(max_norm / (norm + 1e-6), 1.0)
-        self._library.adam_step_of(len(adams), array, threads, scale, rate, *betas, epsilon, step)
+        self._library.adam_step_of(len(adams), array, threads, scale, rate, *betas, epsilon)
         # what autograd keeps of them, or others have bound, is no longer what it was
         th.autograd.graph.increment_version([each for tensors in adams for each in tensors])
 
@@ -462,7 +467,7 @@ def _copy(tensor: th.Tensor) -> th.Tensor:
 
 def _sizes(tensor: th.Tensor, dimensions: int = 2) -> tuple[int, ...]:
     if tensor.dim() != dimensions or 0 in tensor.shape:
-        raise TypeError(
+        raise RefusedError(
             f"The kernel takes tensors of {dimensions} dimensions here, none of them 0, not {tuple(tensor.shape)}."
         )
     return tuple(tensor.shape)
@@ -470,11 +475,11 @@ def _sizes(tensor: th.Tensor, dimensions: int = 2) -> tuple[int, ...]:
 
 def _pointer(tensor: th.Tensor, *shape: int) -> int:
     """Where a tensor's numbers are, if they are what the kernel reads."""
-    wrong = tensor.dtype is not th.float32 or not tensor.is_cpu or tensor.shape != shape
-    if wrong or not tensor.is_contiguous() or tensor.is_neg():
-        raise TypeError(
-            f"The kernel takes float32 tensors on the CPU, here of shape {shape}, not {tensor.dtype} on {tensor.device} of "
-            f"shape {tuple(tensor.shape)} and strides {tensor.stride()}."
+    dense = type(tensor) in TENSORS and tensor.layout is th.strided and tensor.is_contiguous() and not tensor.is_neg()
+    if not dense or tensor.dtype is not th.float32 or not tensor.is_cpu or tensor.shape != shape:
+        raise RefusedError(
+            f"The kernel takes float32 tensors on the CPU, here of shape {shape}, whose numbers lie side by side, not a "
+            f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}, of shape {tuple(tensor.shape)}, dense: {dense}."
         )
     return tensor.data_ptr()
 
@@ -483,7 +488,9 @@ def _layers(*mlps: Sequence[Layer], inputs: int, outputs: int | None = None) -> 
     """How many layers each MLP has, and where those of all are."""
     number = len(mlps[0])
     if number < 2 or any(len(mlp) != number for mlp in mlps):
-        raise TypeError(f"The kernel takes MLPs of two or more layers, all of as many, not of {[len(mlp) for mlp in mlps]}.")
+        raise RefusedError(
+            f"The kernel takes MLPs of two or more layers, all of as many, not of {[len(mlp) for mlp in mlps]}."
+        )
     array = (_Layer * (number * len(mlps)))()
     for i, mlp in enumerate(mlps):
         width = inputs
@@ -493,7 +500,7 @@ def _layers(*mlps: Sequence[Layer], inputs: int, outputs: int | None = None) -> 
             pointers = [_pointer(weight, width, before), *(_pointer(each, width) for each in others)]
             array[i * number + j] = _Layer(*pointers, *[None] * (4 - len(pointers)), before, width, layer.eps)
         if outputs not in (None, width):
-            raise TypeError(f"The kernel needs an MLP of {outputs} outputs, not {width}.")
+            raise RefusedError(f"The kernel needs an MLP of {outputs} outputs, not {width}.")
     return number, array
 
 

@@ -73,11 +73,6 @@ def is_ordinary(*tensors: th.Tensor) -> bool:
     )
 
 
-def is_dense_on_cpu(*tensors: th.Tensor) -> bool:
-    """Whether tensors are ordinary, and lie in the CPU's memory number by number."""
-    return is_ordinary(*tensors) and tensors[0].is_cpu and all(each.is_contiguous() and not each.is_neg() for each in tensors)
-
-
 def is_known(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module is calling its class's ``forward`` and nothing else."""
     own = module.__dict__  # __getattr__ of modules is slow

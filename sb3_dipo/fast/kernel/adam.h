@@ -8,9 +8,9 @@
 #include "threads.h"
 #include "vectors.h"
 
-// A parameter with `size` numbers, its gradient, and Adam's means of the gradient and of its square.
+// A parameter with `size` numbers, its gradient, Adam's means of the gradient and of its square, and how many steps it took.
 struct Adam {
-    float *parameter, *gradient, *mean, *square;
+    float *parameter, *gradient, *mean, *square, *step;
     int64_t size;
 };
 
@@ -52,12 +52,14 @@ static double gradient_norm(int64_t count, const Adam *all, int64_t threads) {
     return std::sqrt(total);
 }
 
-// Multiply the gradients by `scale`, and take the step of number `step`, counted from 1.
+// Multiply the gradients by `scale`, and take a step.
 static void adam_step(int64_t count, const Adam *all, int64_t threads, double scale, double rate, double beta1, double beta2,
-                      double epsilon, double step) {
+                      double epsilon) {
     const float factor = scale, lerp = 1 - beta1, decay = beta2, grow = 1 - beta2, small = epsilon;
-    const float correction = std::sqrt(1 - std::pow(beta2, step)), size_of_step = rate / (1 - std::pow(beta1, step));
+    for (int64_t i = 0; i < count; ++i) *all[i].step += 1;
     pieces(count, all, threads, [&](int64_t, const Adam &one, int64_t begin, int64_t size) {
+        const double step = *one.step;
+        const float correction = std::sqrt(1 - std::pow(beta2, step)), size_of_step = rate / (1 - std::pow(beta1, step));
         for (int64_t i = begin; i < begin + size; i += LANES) {
             const int64_t left = begin + size - i;
             const Vector g = load_first(one.gradient + i, left) * factor;

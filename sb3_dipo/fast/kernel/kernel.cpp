@@ -71,8 +71,8 @@ int32_t mlp_backward(int64_t count, int64_t layers, const Layer *layer, int64_t 
 double gradient_norm_of(int64_t count, const Adam *all, int64_t threads) { return gradient_norm(count, all, threads); }
 
 void adam_step_of(int64_t count, const Adam *all, int64_t threads, double scale, double rate, double beta1, double beta2,
-                  double epsilon, double step) {
-    adam_step(count, all, threads, scale, rate, beta1, beta2, epsilon, step);
+                  double epsilon) {
+    adam_step(count, all, threads, scale, rate, beta1, beta2, epsilon);
 }
 
 void polyak_update_of(int64_t count, const Average *all, int64_t threads, double tau) {

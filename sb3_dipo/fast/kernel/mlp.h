@@ -133,13 +133,19 @@ template <class T> class BoundMLP {
             else
                 store(to + (r * stride + c) / PER<Out>, g);
         });
-        for (int64_t r = 0; own.scale && r < rows; ++r) {
-            const int64_t at = l * kept.rows + which[r];
-            const float *g = scratch + r * stride, *normal = kept.normal + at * stride;
-            const float mean = sum_row(own.width, [&](int64_t c) { return load(g + c); }) / own.width;
-            const float slope = sum_row(own.width, [&](int64_t c) { return load(g + c) * load(normal + c); }) / own.width;
+        if (!own.scale) return;
+        float means[TILE], slopes_of_row[TILE];  // of all rows first, as in `layer`
+        const auto normal = [&](int64_t r) { return kept.normal + (l * kept.rows + which[r]) * stride; };
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *g = scratch + r * stride, *n = normal(r);
+            means[r] = sum_row(own.width, [&](int64_t c) { return load(g + c); }) / own.width;
+            slopes_of_row[r] = sum_row(own.width, [&](int64_t c) { return load(g + c) * load(n + c); }) / own.width;
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *g = scratch + r * stride, *n = normal(r);
+            const float factor = kept.factor[l * kept.rows + which[r]];
             for (int64_t c = 0; c < own.width; c += LANES)
-                store(to + (r * stride + c) / PER<Out>, kept.factor[at] * (load(g + c) - mean - slope * load(normal + c)));
+                store(to + (r * stride + c) / PER<Out>, factor * (load(g + c) - means[r] - slopes_of_row[r] * load(n + c)));
         }
     }
 
@@ -193,17 +199,20 @@ template <class T> class BoundMLP {
             else
                 activate(r, c, x);
         });
-        for (int64_t r = 0; own.scale && r < rows; ++r) {
+        if (!own.scale) return;
+        float means[TILE], factors[TILE];  // of all rows first: each alone would wait for its sums
+        for (int64_t r = 0; r < rows; ++r) {
             const float *x = scratch + r * stride;
             const float mean = sum_row(own.width, [&](int64_t c) { return load(x + c); }) / own.width;
             const float squares = sum_row(own.width, [&](int64_t c) { return (load(x + c) - mean) * (load(x + c) - mean); });
-            const float factor = 1 / std::sqrt(squares / own.width + own.epsilon);
-            if constexpr (keep) kept.factor[at + r] = factor;
+            means[r] = mean, factors[r] = 1 / std::sqrt(squares / own.width + own.epsilon);
+            if constexpr (keep) kept.factor[at + r] = factors[r];
+        }
+        for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = 0; c < own.width; c += LANES) {
-                const Vector normal = (load(x + c) - mean) * factor;
+                const Vector normal = (load(scratch + r * stride + c) - means[r]) * factors[r];
                 if constexpr (keep) store(kept.normal + (at + r) * stride + c, normal);
                 activate(r, c, normal * load(own.scale + c) + load(own.shift + c));
             }
-        }
     }
 };

@@ -86,7 +86,8 @@ static inline Vector square_root(Vector x) {
 static inline Vector reciprocal(Vector x) { return 1.0f / x; }
 #endif
 
-// e^x to float32 rounding for -87 <= x <= 20; a NaN stays one. 2^k times a polynomial on |r| <= log(2) / 2 (Cephes).
+// e^x to float32 rounding for -87 <= x <= 20; a NaN stays one. 2^k times a polynomial on |r| <= log(2) / 2,
+// whose own error is 1e-8: (e^r - 1 - r) / r^2 at Chebyshev's nodes.
 static inline Vector exponential(Vector x) {
     const Vector shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the low bits are k, rounded
     const Vector k = shifted - 12582912.0f;
@@ -95,11 +96,10 @@ static inline Vector exponential(Vector x) {
 #else
     const Vector r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
 #endif
-    Vector p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    Vector p = 1.3926250830e-3f * r + 8.3632328837e-3f;
+    p = p * r + 4.1666554213e-2f;
+    p = p * r + 1.6666576666e-1f;
+    p = p * r + 0.5f;
     p = p * (r * r) + r + 1.0f;
     return (Vector)((Integers)p + ((Integers)shifted << 23));
 }
