@@ -169,6 +169,19 @@ def test_mlps_on_the_same_input(ops: FastOps, number: int) -> None:
             assert_near(actual, expected, 10.0)
 
 
+def test_mlps_that_share_a_layer(ops: FastOps) -> None:
+    """Its gradient is the sum of both, where it can be differentiated, too."""
+    normal = normal_numbers(14)
+    nets = [make_net(normal, 7, [16, 16], 3, True) for _ in range(2)]
+    nets[1][3] = nets[0][3]
+    x, shared = normal(20, 7), nets[0][3].get_parameter("weight")
+    for create_graph in (False, True):
+        of_both = [
+            th.autograd.grad(each.mlps(nets, x).square().mean(), shared, create_graph=create_graph)[0] for each in (PLAIN, ops)
+        ]
+        th.testing.assert_close(*of_both, rtol=1e-4, atol=1e-6)
+
+
 def test_values_after_a_climb_are_those_of_the_actions_given(ops: FastOps) -> None:
     """Also where the climb began: in another order, or changed in place."""
     normal = normal_numbers(8)
@@ -210,6 +223,10 @@ def test_targets_follow(kernels: Kernels, tau: float) -> None:
         Guard().polyak_update(parameters, expected, tau)
         th.testing.assert_close(targets, expected, rtol=1e-6, atol=1e-7)
         assert all(each._version > version for each, version in zip(targets, versions, strict=True))
+    shared, expected_shared = th.ones(40), th.ones(40)
+    FusedGuard(kernels).polyak_update([shared.detach()], [shared], tau)
+    Guard().polyak_update([expected_shared.detach()], [expected_shared], tau)
+    th.testing.assert_close(shared, expected_shared)
 
 
 @pytest.mark.parametrize("rows, n_critics, count, targets", [(256, 2, 25, 46), (1, 1, 1, 1), (3, 5, 16, 32), (70, 2, 7, 17)])
@@ -395,6 +412,25 @@ def test_steps_of_adam_are_seen_by_autograd_and_by_hooks(kernels: Kernels) -> No
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     guard.step("loss", optimizer, loss(1), 1.0)
     assert calls == ["after"]
+
+
+@pytest.mark.parametrize("layout", [th.contiguous_format, th.channels_last])
+def test_steps_of_adam_on_memory_in_another_order(kernels: Kernels, layout: th.memory_format) -> None:
+    """Of what a file has brought, say: as PyTorch's plain steps. What does not fit is an error, as there."""
+    results = []
+    for guard in (FusedGuard(kernels), Guard()):
+        (parameter,) = parameters = [nn.Parameter(normal_numbers(13)(4, 3, 5, 5).contiguous(memory_format=layout))]
+        optimizer = th.optim.Adam(parameters, lr=0.1)
+        guard.prepare(optimizer)
+        for _ in range(3):
+            guard.step("loss", optimizer, parameter.square().sum(), 1.0)
+            state = optimizer.state[parameter]
+            state.update({name: state[name].contiguous(memory_format=th.channels_last) for name in ("exp_avg", "exp_avg_sq")})
+        results.append(parameter.detach().clone())
+        state["exp_avg"] = state["exp_avg"].reshape(3, 4, 5, 5)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            guard.step("loss", optimizer, parameter.square().sum(), 1.0)
+    th.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [th.nan, th.inf])

@@ -56,8 +56,11 @@ class FusedGuard(Guard):
         except RefusedError:
             pass
         check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
+        group["fused"] = False  # a fused step takes numbers in the order of memory, whatever their layout or shape
         optimizer.step()
-        _tell_autograd(optimizer)
+        if not adams:
+            group["fused"] = None
+            self.prepare(optimizer)
 
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""

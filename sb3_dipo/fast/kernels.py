@@ -475,12 +475,11 @@ def _sizes(tensor: th.Tensor, dimensions: int = 2) -> tuple[int, ...]:
 
 def _pointer(tensor: th.Tensor, *shape: int) -> int:
     """Where a tensor's numbers are, if they are what the kernel reads."""
-    dense = type(tensor) in TENSORS and tensor.layout is th.strided and tensor.is_contiguous() and not tensor.is_neg()
+    is_tensor = type(tensor) in TENSORS
+    dense = is_tensor and tensor.layout is th.strided and tensor.is_contiguous() and not tensor.is_neg()
     if not dense or tensor.dtype is not th.float32 or not tensor.is_cpu or tensor.shape != shape:
-        raise RefusedError(
-            f"The kernel takes float32 tensors on the CPU, here of shape {shape}, whose numbers lie side by side, not a "
-            f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}, of shape {tuple(tensor.shape)}, dense: {dense}."
-        )
+        found = f"{tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}, dense: {dense}" if is_tensor else repr(tensor)
+        raise RefusedError(f"The kernel takes dense float32 tensors on the CPU, here of shape {shape}, not {found}.")
     return tensor.data_ptr()
 
 

@@ -251,6 +251,8 @@ def _product(arithmetic: Arithmetic, weight: th.Tensor, bias: th.Tensor | None) 
 def _differentiable_gradients(ctx: Any, inputs: Sequence[th.Tensor], grad_output: th.Tensor) -> list[th.Tensor | None]:
     again = th.is_grad_enabled()
     with th.enable_grad(), th.autocast(inputs[0].device.type, enabled=False):
+        # each by itself: a parameter of two layers gets the gradient of each, and autograd adds them
+        inputs = [each.view_as(each) for each in inputs]
         parameters = iter(inputs[1:])
         y = th.stack([_by_modules(layers, inputs[0], parameters) for layers in ctx.mlps], dim=1).view_as(grad_output)
         wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]

@@ -80,8 +80,8 @@ static void polyak_update(int64_t count, const Average *all, int64_t threads, do
     pieces(count, all, threads, [&](int64_t, const Average &one, int64_t begin, int64_t size) {
         for (int64_t i = begin; i < begin + size; i += LANES) {
             const int64_t left = begin + size - i;
-            const Vector kept = load_first(one.target + i, left) * keep;
-            store_first(one.target + i, kept + load_first(one.parameter + i, left) * take, left);
+            store_first(one.target + i, load_first(one.target + i, left) * keep, left);  // which may be the parameter, too
+            store_first(one.target + i, load_first(one.target + i, left) + load_first(one.parameter + i, left) * take, left);
         }
     });
 }
