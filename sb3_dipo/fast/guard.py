@@ -51,14 +51,14 @@ class FusedGuard(Guard):
         beta1, beta2 = group["betas"]
         adam = float(group["lr"]), (float(beta1), float(beta2)), float(group["eps"])
         try:
-            if adams:  # else this is the first step
+            if adams:
                 return self.kernels.clip_and_step(adams, max_grad_norm, *adam, check)
         except RefusedError:
             pass
         check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
         group["fused"] = False  # a fused step takes numbers in the order of memory, whatever their layout or shape
         optimizer.step()
-        if not adams:
+        if not adams:  # what was refused stays plain
             group["fused"] = None
             self.prepare(optimizer)
 
@@ -96,7 +96,7 @@ def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
 
 
 def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> list[tuple[th.Tensor, ...]]:
-    """Parameters that have gradients, these, and what Adam keeps of them; nothing if it has not yet taken a step of each."""
+    """Parameters that have gradients, these, and what Adam keeps of them; nothing if their counts of steps differ."""
     adams: list[tuple[th.Tensor, ...]] = []
     for parameter in parameters:
         if parameter.grad is not None:
@@ -104,4 +104,4 @@ def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> list[t
             if not state:
                 return []
             adams.append((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
-    return adams
+    return adams if len({float(step) for *_, step in adams}) == 1 else []
