@@ -48,8 +48,9 @@ class DIPOPolicy(BasePolicy):
     :param actor: ``"diffusion"`` (the paper's), ``"flow"``, ``"vae"`` or ``"mlp"``, those of its ablation, or a class
     :param critic: ``"ensemble"`` (the paper's), ``"quantile"`` (TQC's), or a class
     :param inference_dtype: ``"bfloat16"`` rounds both sides of the products between hidden layers in the reverse process and
-        in the action gradient, where weights take no gradient: faster, and actions differ a little. TD targets and training
-        steps stay in float32, and so does everything with ``accelerate="off"``
+        in the action gradient, where weights take no gradient: faster, and actions differ a little, the next actions of TD
+        targets among them. Critics of TD targets and training steps stay in float32, and so does everything with
+        ``accelerate="off"``
     :param samplers: how to sample for each use, as :meth:`set_sampler` leaves it; for loading
     :param options: the actor's and the critic's own: see :class:`~sb3_dipo.DiffusionActor`, :class:`~sb3_dipo.FlowActor`,
         :class:`~sb3_dipo.VAEActor`, :class:`~sb3_dipo.MLPActor`, :class:`~sb3_dipo.EnsembleCritic`,

@@ -260,7 +260,7 @@ def report(runs: Sequence[Run], labels: dict[str, str], out: Path, title: str, a
 After {at:,} environment steps. A run's final return is the mean of its last {LAST} evaluations, of the same
 {runs[0].eval_episodes} episodes each; its best is the highest evaluation, and its area the mean along the curve. Random
 actions reach {", ".join(f"{value:,.1f} ({env})" for env, value in random.items())}. Normalised scores: 0 is the return of
-random actions, 1 the best algorithm's mean; {tasks} of {len(random)} tasks count, those where one is better than random.
+random actions, 1 the best algorithm's mean; {tasks} of {len(random)} tasks count, those of finished runs better than random.
 Hours are those of training, on machines that other runs may share. With few seeds a bootstrap is too narrow: on one task, its
 95 % leave out the truth one time in two for two seeds, and one time in four for three. Trust Welch's t then, which assumes
 that runs are normally distributed.
