@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch as th
-from experiments import COLORS, markdown_table, save_figure, write
+from experiments import markdown_table, palette, save_figure, write
 from grid import K20, VARIANTS, Run, Variant, arguments, check, choose, failures, make_run, parse, positive, train_or_exit
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -215,15 +215,12 @@ def draw_evenness(rows: pd.DataFrame, path: Path) -> None:
     bars.set(ylabel="share of the rollouts, a bar for each seed", ylim=(0, 1))
     bars.set_title(f"Which goal a policy reaches from the origin,\nafter {final['iteration'].max():,} iterations")
     bars.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, handlelength=1)
-    for name in names:
+    for name, color in palette(names).items():
         mean = rows[rows["agent"] == name].groupby("iteration")["evenness"].mean()
-        style = "--" if "-" in name else "-"
-        curves.plot(
-            mean.index, mean, style, color=COLORS.get(name.partition("-")[0], "tab:grey"), label=label(name), linewidth=2
-        )
+        curves.plot(mean.index, mean, color=color, label=label(name), linewidth=2)
     curves.set(xlabel="iterations", ylabel="entropy / log 4, mean over seeds", ylim=(-0.03, 1.03))
     curves.set_title("Evenness: 1 for all four alike,\n0 for one only")
-    curves.legend(frameon=False)
+    curves.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     save_figure(figure, path)
 
 
