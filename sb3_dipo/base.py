@@ -108,11 +108,11 @@ class DIPOBase(OffPolicyAlgorithm):
         self.replay_buffer_class = None if given_class is None else type(self.replay_buffer)
         self.replay_buffer_kwargs = given_kwargs
 
-        saved: dict[str, Any] = self.samplers or {}
-        if saved.get("of", self.policy_kwargs) == self.policy_kwargs:  # else the caller of load() has changed the policy
+        saved, built = self.samplers or {}, self.policy.sampler_settings()
+        if saved.get("built", built) == built:  # else the caller of load() has changed how the policy samples
             for use, settings in saved.get("uses", saved).items():  # up to version 0.2.0 the file held the uses alone
                 self.policy.set_sampler(use, **settings)
-        self.samplers = None
+        self.samplers = {"built": built}
         self.actor, self.actor_target = self.policy.actor, self.policy.actor_target
         self.critic, self.critic_target = self.policy.critic, self.policy.critic_target
         self._set_up_acceleration()
@@ -300,11 +300,9 @@ class DIPOBase(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """As SB3's."""
-        self.samplers = {"of": self.policy_kwargs, "uses": self.policy.sampler_settings()}
-        try:
-            super().save(path, exclude, include)
-        finally:
-            self.samplers = None
+        assert self.samplers is not None
+        self.samplers["uses"] = self.policy.sampler_settings()
+        super().save(path, exclude, include)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """

@@ -5,7 +5,7 @@ actor learns from it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -14,13 +14,6 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-
-ONE_ROW_PER_STEP = (
-    *("observations", "next_observations", "actions", "rewards", "dones", "timeouts"),
-    *("infos", "ep_start", "ep_length"),  # of HER
-    "improved_actions",
-)
-"""The arrays of which only the filled rows are saved. Whatever else a subclass holds is saved as it is."""
 
 
 class ImprovedSamples(NamedTuple):
@@ -49,6 +42,11 @@ class ImprovedActionsMixin(ReplayBuffer):
     """
 
     improved_actions: np.ndarray
+    one_row_per_step: ClassVar[tuple[str, ...]] = (
+        *("observations", "next_observations", "actions", "rewards", "dones", "timeouts"),
+        "improved_actions",
+    )
+    """The arrays of which only the filled rows are saved. Whatever else a subclass holds is saved as it is."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -121,7 +119,7 @@ class ImprovedActionsMixin(ReplayBuffer):
         state: Any = super().__getstate__()
         # with `optimize_memory_usage`, row `pos` holds the next observation of the newest transition
         n_rows = min(self.size() + self.optimize_memory_usage, self.buffer_size)
-        columns = {name: state[name] for name in ONE_ROW_PER_STEP if name in state}
+        columns = {name: state[name] for name in self.one_row_per_step if name in state}
         return {**state, **{name: _for_each_array(lambda array: array[:n_rows], columns[name]) for name in columns}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,7 +127,7 @@ class ImprovedActionsMixin(ReplayBuffer):
         for name, description in (state.pop("_pending", None) or {}).items():
             # Version 0.1.0 saved of an empty buffer only the shape and dtype of each array.
             state[name] = _for_each_array(lambda shape_and_dtype: np.zeros(*shape_and_dtype)[:0], description)
-        for name in ONE_ROW_PER_STEP:
+        for name in self.one_row_per_step:
             if name in state:
                 state[name] = _for_each_array(lambda array: _with_rows(array, state["buffer_size"]), state[name])
         if hasattr(super(), "__setstate__"):
@@ -193,6 +191,8 @@ class DIPOHerReplayBuffer(ImprovedActionsMixin, HerReplayBuffer):
     :param kwargs: as ``HerReplayBuffer``
     :raises AssertionError: for ``optimize_memory_usage``, as SB3
     """
+
+    one_row_per_step = (*ImprovedActionsMixin.one_row_per_step, "infos", "ep_start", "ep_length")
 
     def sample_improved(self, batch_size: int, env: VecNormalize | None = None) -> ImprovedSamples:
         """

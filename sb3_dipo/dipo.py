@@ -155,7 +155,8 @@ class DIPO(DIPOBase):
         self.accelerate = accelerate
         self.max_action_shift = max_action_shift
         self.action_gradient_start = action_gradient_start
-        self.samplers: dict[str, dict[str, Any]] | None = None  # of a file, as policy.set_sampler left them
+        # what a file keeps of `policy.set_sampler`: how the policy sampled as it was built, and when it was saved
+        self.samplers: dict[str, Any] | None = None
 
         if _init_setup_model:
             self._setup_model()

@@ -43,15 +43,16 @@ class Guard:
 
     def step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         """
-        Take one step down a loss's clipped gradient.
+        Take one step down a loss's clipped gradient, or none where all parameters are frozen.
 
         :param name: of the loss, for the error
         :param optimizer: of the parameters to change
         :param loss: a scalar
         :param max_grad_norm: largest L2 norm of the gradient, above 0
         :raises NonFiniteLossError: if the loss or its gradient is not finite; nothing is changed then
+        :raises RuntimeError: if the loss has no gradient, as PyTorch: under ``th.no_grad()``, or where it was detached
         """
-        if loss.requires_grad:  # else all parameters are frozen
+        if any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"]):
             self._step(name, optimizer, loss, max_grad_norm)
 
     def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:

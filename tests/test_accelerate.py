@@ -358,6 +358,23 @@ def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back(accelerate: str)
     th.testing.assert_close(model.policy.state_dict(), source.policy.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("accelerate", MODES)
+def test_steps_of_ones_own_after_learning(accelerate: str) -> None:
+    """Autograd and objectives see them, as they see those of any optimizer."""
+    model = filled(accelerate=accelerate)
+    train(model, 2)
+    given = Inputs(32)
+    objective = model.critic.objective(given.observations)
+    loss = model.critic.loss(given.observations, given.actions, given.targets)
+    model.critic.optimizer.zero_grad()
+    loss.backward(retain_graph=True)
+    model.critic.optimizer.step()
+    with th.no_grad():
+        th.testing.assert_close(objective(given.actions), model.critic.objective(given.observations)(given.actions))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # ------------------------------------------------------------------------------------------------- bfloat16
 
 

@@ -965,3 +965,26 @@ def test_her_truncates_the_last_episode_as_sb3(tmp_path: pathlib.Path) -> None:
     model.load_replay_buffer(tmp_path / "b.pkl", truncate_last_traj=False)
     assert model.replay_buffer._current_ep_start[0] != model.replay_buffer.pos
     model.train(1, 8)
+
+
+class BufferWithItsOwn(DIPOReplayBuffer):
+    """What it keeps has the names of what SB3's buffers for hindsight keep, but not their shapes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ep_length = np.zeros(self.n_envs)
+        self.infos: list[Any] = []
+
+    def add(self, obs: Any, next_obs: Any, action: Any, reward: Any, done: Any, infos: Any) -> None:
+        super().add(obs, next_obs, action, reward, done, infos)
+        self.ep_length += 1
+        self.infos.append(infos)
+
+
+def test_what_a_buffer_of_ones_own_holds_is_saved_as_it_is() -> None:
+    buffer = make(BufferWithItsOwn, n_envs=2)
+    fill(buffer, 3)
+    for copied in (pickle.loads(pickle.dumps(buffer)), deepcopy(buffer)):
+        np.testing.assert_array_equal(copied.ep_length, [3.0, 3.0])
+        assert len(copied.infos) == 3
+        np.testing.assert_array_equal(copied.observations, buffer.observations)

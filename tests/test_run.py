@@ -177,6 +177,24 @@ def test_the_users_noise_stays_and_goes_on(n_envs: int) -> None:
 
 
 @pytest.mark.parametrize("accelerate", ["off", "auto", "compile"])
+@pytest.mark.parametrize("off", [th.no_grad, th.inference_mode])
+def test_learning_without_gradients_is_an_error(off: Any, accelerate: str) -> None:
+    """As of SAC: nothing would be learned."""
+    model = small_dipo(accelerate=accelerate)
+    with off(), pytest.raises(RuntimeError, match=r"does not require grad|Inference tensors|inference mode"):
+        model.learn(30)
+
+
+@pytest.mark.parametrize("accelerate", ["off", "auto", "compile"])
+def test_a_loss_without_gradient_is_an_error(accelerate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_dipo(accelerate=accelerate)
+    loss = model.actor.loss
+    monkeypatch.setattr(model.actor, "loss", lambda *given: loss(*given).detach())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model.learn(30)
+
+
+@pytest.mark.parametrize("accelerate", ["off", "auto", "compile"])
 def test_a_frozen_actor_lets_the_critics_learn(accelerate: str) -> None:
     model = small_dipo(accelerate=accelerate)
     model.actor.requires_grad_(False)

@@ -5,6 +5,8 @@ import io
 import json
 import pathlib
 import pickle
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from copy import deepcopy
@@ -18,6 +20,7 @@ from gymnasium import spaces
 from helpers import noise_predictions
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -630,6 +633,46 @@ def test_other_options_of_sampling_on_load(tmp_path: pathlib.Path) -> None:
     }
     loaded = DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given})
     assert loaded.policy.samplers["behaviour"] == Sampler(num_inference_steps=2, noise_scale=0.5, num_candidates=3)
+
+
+class Scaled(FlattenExtractor):
+    """With an argument that == does not compare."""
+
+    def __init__(self, observation_space: Any, scale: Any):
+        super().__init__(observation_space)
+        self.scale = scale
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        {"features_extractor_class": Scaled, "features_extractor_kwargs": {"scale": np.ones(3)}},
+        {"features_extractor_class": Scaled, "features_extractor_kwargs": {"scale": th.ones(3)}},
+        {"activation_fn": lambda: th.nn.LeakyReLU(0.1)},
+        {"optimizer_kwargs": {"betas": (0.5, 0.9)}},
+    ],
+    ids=["array", "tensor", "lambda", "tuple"],
+)
+def test_what_cannot_be_compared_in_policy_kwargs(policy_kwargs: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """An agent with it is loaded, and samples as it did, also where the same arguments are given again."""
+    model = small_dipo(policy_kwargs={"net_arch": [8], "num_train_timesteps": 4, **policy_kwargs})
+    model.policy.set_sampler("behaviour", num_candidates=2)
+    model.save(tmp_path / "model")
+    for custom_objects in (None, {"policy_kwargs": model.policy_kwargs}):
+        assert DIPO.load(tmp_path / "model", custom_objects=custom_objects).policy.samplers == model.policy.samplers
+
+
+def test_a_class_that_has_moved_is_given_on_load(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SB3 says of `custom_objects`: nothing else in the file holds the class."""
+    old = types.ModuleType("old_name")
+    old.Moved = type("Moved", (FlattenExtractor,), {"__module__": "old_name"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "old_name", old)
+    model = small_dipo(policy_kwargs={"net_arch": [8], "features_extractor_class": old.Moved})
+    model.policy.set_sampler("behaviour", num_candidates=2)
+    model.save(tmp_path / "model")
+    monkeypatch.delitem(sys.modules, "old_name")
+    given = {"policy_kwargs": {"net_arch": [8], "features_extractor_class": FlattenExtractor}}
+    assert DIPO.load(tmp_path / "model", custom_objects=given).policy.samplers == model.policy.samplers
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")

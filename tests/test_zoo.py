@@ -494,7 +494,9 @@ def test_each_suggestion_can_be_built(her: bool) -> None:
         assert trial.user_attrs["gamma"] == hyperparams["gamma"] < 1
         assert trial.user_attrs["batch_size"] == hyperparams["batch_size"]
         solver = policy_kwargs["solver"]
-        assert hyperparams["action_gradient_start"] == "replay" or "max_action_shift" not in hyperparams
+        # always there, in the place of what may have been given beside the search
+        bounded = hyperparams["max_action_shift"] is not None
+        assert bounded == (hyperparams["action_gradient_start"] == "replay" and trial.params["bound_shift"])
         assert ("n_quantiles" in policy_kwargs) == (policy_kwargs["critic"] == "quantile")
         assert policy_kwargs["samplers"]["behaviour"]["num_candidates"] == trial.params["behaviour_candidates"]
         if policy_kwargs["actor"] == "flow":

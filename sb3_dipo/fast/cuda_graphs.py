@@ -15,6 +15,7 @@ from sb3_dipo.fast.guard import FusedGuard
 from sb3_dipo.fast.trees import map_tensors
 from sb3_dipo.guard import clipped_gradient, non_finite
 
+FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
 WARM_UP = 3  # eager calls before a capture, as PyTorch asks for: libraries allocate and optimizers make their state
 MAX_GRAPHS = 8  # of those that were called last: each holds the memory of its intermediate results
 
@@ -45,8 +46,13 @@ class CapturableGuard(FusedGuard):
         return th.stack(list(self.finite.values())).all()
 
     def prepare(self, optimizer: th.optim.Optimizer) -> None:
-        """Keep learning rate and step counts on the device, where a captured step reads them."""
-        super().prepare(optimizer)
+        """
+        Let PyTorch's own optimizers step in one kernel, unless the user chose otherwise, and keep learning rate and step
+        counts on the device, where a captured step reads them.
+        """
+        for group in optimizer.param_groups if type(optimizer) in FUSED else ():
+            if group["fused"] is None and not group["foreach"] and not group["differentiable"]:
+                group["fused"] = True
         # the first, eager steps are no mistake: PyTorch would warn of them
         optimizer._warned_capturable_if_run_uncaptured = True
         for group in optimizer.param_groups:

@@ -10,8 +10,6 @@ from sb3_dipo.fast.kernels import Kernels, RefusedError
 from sb3_dipo.fast.layers import is_ordinary
 from sb3_dipo.guard import Guard, non_finite
 
-FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
-
 
 class FusedGuard(Guard):
     """
@@ -22,16 +20,6 @@ class FusedGuard(Guard):
 
     def __init__(self, kernels: Kernels | None = None):
         self.kernels = kernels
-
-    def prepare(self, optimizer: th.optim.Optimizer) -> None:
-        """Let PyTorch's own optimizers step in one kernel, unless the user chose otherwise."""
-        for group in optimizer.param_groups if type(optimizer) in FUSED else ():
-            if group["fused"] is None and not group["foreach"] and not group["differentiable"]:
-                group["fused"] = True
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {})
-                    if isinstance(state.get("step"), th.Tensor):  # of a file, perhaps from another device
-                        state["step"] = state["step"].to(parameter.device, th.float32)
 
     def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> None:
         if self.kernels is None or not is_plain_adam(optimizer):
@@ -56,11 +44,7 @@ class FusedGuard(Guard):
         except RefusedError:
             pass
         check(float(th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
-        group["fused"] = False  # a fused step takes numbers in the order of memory, whatever their layout or shape
         optimizer.step()
-        if not adams:  # what was refused stays plain
-            group["fused"] = None
-            self.prepare(optimizer)
 
     def polyak_update(self, params: Iterable[th.Tensor], target_params: Iterable[th.Tensor], tau: float) -> None:
         """As SB3's ``polyak_update``."""
@@ -78,7 +62,7 @@ class FusedGuard(Guard):
 
 
 def _tell_autograd(optimizer: th.optim.Optimizer) -> None:
-    """That parameters have changed, as PyTorch's fused steps on the CPU do not."""
+    """That parameters have changed, as fused steps on the CPU, where the user chose them, do not."""
     th.autograd.graph.increment_version([each for group in optimizer.param_groups for each in group["params"]])
 
 
@@ -88,11 +72,11 @@ def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1 or "step" in own:
         return False
     group = optimizer.param_groups[0]
-    others = ("amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
+    others = ("fused", "foreach", "amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
     hooks = own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]
     everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-    return bool(group["fused"]) and not (hooks or everywhere or scaled or any(group[name] for name in others))
+    return group["fused"] is None and not (hooks or everywhere or scaled or any(group[name] for name in others))
 
 
 def _adams(optimizer: th.optim.Optimizer, parameters: list[th.Tensor]) -> list[tuple[th.Tensor, ...]]:

@@ -103,6 +103,7 @@ def convert_dipo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
     hyperparams = convert_offpolicy_params(sampled_params)
     hyperparams.pop("bound_shift", None)
+    hyperparams.setdefault("max_action_shift", None)  # in the place of what was given beside the search
     for name, meaning in (("ou_solver", "solver"), ("flow_solver", "solver"), ("flow_steps", "num_inference_steps")):
         if name in hyperparams:
             hyperparams[meaning] = hyperparams.pop(name)
