@@ -300,9 +300,12 @@ class DIPOBase(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """As SB3's."""
-        assert self.samplers is not None
-        self.samplers["uses"] = self.policy.sampler_settings()
-        super().save(path, exclude, include)
+        as_built = self.samplers or {}
+        self.samplers = {**as_built, "uses": self.policy.sampler_settings()}
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.samplers = as_built
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
