@@ -5,6 +5,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -109,9 +110,13 @@ class DIPOBase(OffPolicyAlgorithm):
         self.replay_buffer_kwargs = given_kwargs
 
         saved, built = self.samplers or {}, self.policy.sampler_settings()
-        if saved.get("built", built) == built:  # else the caller of load() has changed how the policy samples
-            for use, settings in saved.get("uses", saved).items():  # up to version 0.2.0 the file held the uses alone
-                self.policy.set_sampler(use, **settings)
+        before = saved.get("built", built)
+        # up to version 0.2.0 the file held the uses alone
+        for use, settings in saved.get("uses", {} if "built" in saved else saved).items():
+            # else the caller of load() has changed how the policy samples, or it cannot sample like this any more
+            same = {name: value for name, value in settings.items() if before[use].get(name) == built[use].get(name)}
+            with suppress(ValueError):
+                self.policy.set_sampler(use, **same)
         self.samplers = {"built": built}
         self.actor, self.actor_target = self.policy.actor, self.policy.actor_target
         self.critic, self.critic_target = self.policy.critic, self.policy.critic_target

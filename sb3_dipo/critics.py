@@ -160,8 +160,6 @@ class EnsembleCritic(Critic):
 
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """min_i Q_i(s, .), equation (15); see :meth:`sb3_dipo.critics.Critic.objective`."""
-        if type(self).forward is not EnsembleCritic.forward:
-            return lambda actions: smallest(th.cat(self(obs, actions), dim=1))
         return self.ops.objective(self.q_networks, self._fixed_features(obs), smallest)
 
 
@@ -235,8 +233,6 @@ class QuantileCritic(Critic):
 
     def objective(self, obs: PyTorchObs) -> Callable[[th.Tensor], th.Tensor]:
         """The mean over networks and quantiles; see :meth:`sb3_dipo.critics.Critic.objective`."""
-        if type(self).forward is not QuantileCritic.forward:
-            return lambda actions: average(self(obs, actions).flatten(1))
         return self.ops.objective(self.q_networks, self._fixed_features(obs), average)
 
 

@@ -339,6 +339,20 @@ def test_options_that_the_user_chose_for_the_optimizer_stay(accelerate: str) -> 
             assert group[name] == value
 
 
+@pytest.mark.parametrize(("options", "steps"), [({}, 2), ({"fused": True}, 6), ({"fused": False}, 6), ({"foreach": True}, 6)])
+def test_the_kernel_steps_but_for_the_first_time_or_where_the_user_chose(
+    options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = filled(accelerate="compile", policy_kwargs={"net_arch": [8], "optimizer_kwargs": {**options, "eps": 1e-5}})
+    taken: list[Any] = []
+    step = th.optim.Adam.step
+    monkeypatch.setattr(th.optim.Adam, "step", lambda *given: taken.append(step(*given)))
+    versions = [parameter._version for parameter in model.critic.parameters()]
+    train(model, 3)
+    assert len(taken) == steps
+    assert all(after._version > before for before, after in zip(versions, model.critic.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("accelerate", MODES)
 def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back(accelerate: str) -> None:
     """What a saved file of the other device holds: learning rates in tensors, and flags."""
@@ -352,7 +366,7 @@ def test_optimizer_state_of_a_gpu_is_of_use_on_the_cpu_and_back(accelerate: str)
     model = filled(accelerate=accelerate, persist_improved_actions=False)
     model.set_parameters(parameters)
     group = model.actor.optimizer.param_groups[0]
-    assert group["capturable"] is False and isinstance(group["lr"], float)
+    assert group["capturable"] is False and group["fused"] is None and isinstance(group["lr"], float)
     for each in (source, model):
         train(each, 2, seed=3)
     th.testing.assert_close(model.policy.state_dict(), source.policy.state_dict(), rtol=1e-4, atol=1e-5)
@@ -381,7 +395,7 @@ def test_steps_of_ones_own_after_learning(accelerate: str) -> None:
 @pytest.mark.parametrize("accelerate", MODES)
 @pytest.mark.parametrize("actor", ["diffusion", "vae", "mlp"])
 def test_bfloat16_is_for_acting_and_the_action_gradient_alone(accelerate: str, actor: str, tmp_path: Path) -> None:
-    """TD targets and training steps stay in float32, with any actor."""
+    """Critics and training steps stay in float32, with any actor."""
     settings = {"actor": actor, "net_arch": [256, 256]}
     rounded = filled(accelerate=accelerate, policy_kwargs={**settings, "inference_dtype": "bfloat16"})
     exact = filled(accelerate="off", policy_kwargs=settings)

@@ -633,6 +633,19 @@ def test_other_options_of_sampling_on_load(tmp_path: pathlib.Path) -> None:
     }
     loaded = DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given})
     assert loaded.policy.samplers["behaviour"] == Sampler(num_inference_steps=2, noise_scale=0.5, num_candidates=3)
+    given = {"net_arch": [8], "num_train_timesteps": 4, "num_inference_steps": 2}
+    loaded = DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given})
+    assert loaded.policy.samplers["behaviour"] == Sampler(num_inference_steps=2, num_candidates=2)
+    loaded._setup_model()
+    assert loaded.policy.samplers["behaviour"] == Sampler(num_inference_steps=2)
+
+
+def test_a_process_on_load_that_is_too_short_for_what_was_set(tmp_path: pathlib.Path) -> None:
+    model = small_dipo(policy_kwargs={"net_arch": [8], "num_train_timesteps": 6})
+    model.policy.set_sampler("behaviour", num_inference_steps=4)
+    model.save(tmp_path / "model")
+    given = {"net_arch": [8], "num_train_timesteps": 3}
+    assert DIPO.load(tmp_path / "model", custom_objects={"policy_kwargs": given}).policy.samplers["behaviour"] == Sampler()
 
 
 class Scaled(FlattenExtractor):
