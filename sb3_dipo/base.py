@@ -111,13 +111,12 @@ class DIPOBase(OffPolicyAlgorithm):
 
         saved, built = self.samplers or {}, self.policy.sampler_settings()
         before = saved.get("built", built)
-        # up to version 0.2.0 the file held the uses alone
-        for use, settings in saved.get("uses", {} if "built" in saved else saved).items():
+        for use, settings in saved.get("uses", saved).items():  # up to version 0.2.0 the file held the uses alone
             # else the caller of load() has changed how the policy samples, or it cannot sample like this any more
             same = {name: value for name, value in settings.items() if before[use].get(name) == built[use].get(name)}
             with suppress(ValueError):
                 self.policy.set_sampler(use, **same)
-        self.samplers = {"built": built}
+        self.samplers = {"built": built, "uses": {}}
         self.actor, self.actor_target = self.policy.actor, self.policy.actor_target
         self.critic, self.critic_target = self.policy.critic, self.policy.critic_target
         self._set_up_acceleration()

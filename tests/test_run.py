@@ -181,7 +181,7 @@ def test_the_users_noise_stays_and_goes_on(n_envs: int) -> None:
 def test_learning_without_gradients_is_an_error(off: Any, accelerate: str) -> None:
     """As of SAC: nothing would be learned."""
     model = small_dipo(accelerate=accelerate)
-    with off(), pytest.raises(RuntimeError, match=r"does not require grad|Inference tensors|inference mode"):
+    with off(), pytest.raises(RuntimeError, match="does not require grad"):
         model.learn(30)
 
 

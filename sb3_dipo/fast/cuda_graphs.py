@@ -11,9 +11,8 @@ from typing import Any
 import torch as th
 
 from sb3_dipo.fast.device_buffer import DIPODeviceReplayBuffer
-from sb3_dipo.fast.guard import FusedGuard
 from sb3_dipo.fast.trees import map_tensors
-from sb3_dipo.guard import clipped_gradient, non_finite
+from sb3_dipo.guard import Guard, clipped_gradient, non_finite
 
 FUSED = (th.optim.Adam, th.optim.AdamW, th.optim.SGD)
 WARM_UP = 3  # eager calls before a capture, as PyTorch asks for: libraries allocate and optimizers make their state
@@ -28,7 +27,7 @@ def _signature(tree: Any) -> Hashable:
     return tuple(map(_signature, tree)) if isinstance(tree, tuple) else None
 
 
-class CapturableGuard(FusedGuard):
+class CapturableGuard(Guard):
     """
     A :class:`~sb3_dipo.guard.Guard` that reads nothing on the host, so that its steps can be captured: after a loss that is
     not finite all steps change nothing, and :meth:`end` raises the error.
@@ -37,7 +36,6 @@ class CapturableGuard(FusedGuard):
     """
 
     def __init__(self, device: th.device):
-        super().__init__()
         self.finite = {name: th.tensor(True, device=device) for name in ("critic_loss", "actor_loss")}
 
     @property
@@ -50,13 +48,13 @@ class CapturableGuard(FusedGuard):
         Let PyTorch's own optimizers step in one kernel, unless the user chose otherwise, and keep learning rate and step
         counts on the device, where a captured step reads them.
         """
-        for group in optimizer.param_groups if type(optimizer) in FUSED else ():
-            if group["fused"] is None and not group["foreach"] and not group["differentiable"]:
-                group["fused"] = True
         # the first, eager steps are no mistake: PyTorch would warn of them
         optimizer._warned_capturable_if_run_uncaptured = True
         for group in optimizer.param_groups:
             device = group["params"][0].device
+            known = type(optimizer) in FUSED and group["fused"] is None
+            if known and not group["foreach"] and not group["differentiable"]:
+                group["fused"] = True
             if "capturable" in group:
                 group["capturable"] = device.type == "cuda"
             group["lr"] = th.tensor(float(group["lr"]), dtype=th.float32, device=device)
